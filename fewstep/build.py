@@ -1,0 +1,314 @@
+"""The only file that knows concrete classes: a Config becomes networks, an objective, players and data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fewstep import pairs
+from fewstep.config import Config
+from fewstep.core.batch import Batch, Condition
+from fewstep.core.draw import Draw
+from fewstep.core.errors import UserError
+from fewstep.core.prediction import Kind
+from fewstep.core.schedule import NoiseSchedule
+from fewstep.data.source import Source, open_source
+from fewstep.models import loading, schedulers
+from fewstep.models.backbone import Backbone, Guided, Remapped, Routed
+from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.objectives import base as objectives
+from fewstep.objectives.base import Objective, Triad
+from fewstep.rollout import Rollout, transition
+from fewstep.train import checkpoint
+from fewstep.train.player import Follower, Player, ema_decay
+
+
+@dataclass
+class Teacher:
+    """A loaded network with its process; `scheduler` is the diffusers scheduler the process came from."""
+
+    net: nn.Module
+    schedule: NoiseSchedule
+    kind: Kind
+    scheduler: Any
+    null_label: int | None
+
+    def backbone(self, net: nn.Module | None = None) -> DiffusersBackbone:
+        return DiffusersBackbone(net or self.net, self.schedule, self.kind, self.null_label)
+
+
+@dataclass
+class Run:
+    """Everything a run holds while it trains."""
+
+    config: Config
+    device: torch.device
+    source: Source
+    teacher: Teacher
+    rollout: Rollout
+    triad: Triad
+    objective: Objective
+    players: dict[str, Player]
+    scheduler: Any
+    """the diffusers scheduler to export with the student, None where stock diffusers has none"""
+    shape: tuple[int, int, int]
+    pairs: pairs.Pairs | None = None
+
+    def evaluated(self) -> Backbone:
+        """The generator to look at: its average where the run keeps one."""
+        player = self.players["generator"]
+        follower = player.followers.get("ema")
+        return follower.module if follower else self.triad.generator  # type: ignore[return-value]
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for, but torch sees no GPU here: use cpu or auto")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device is auto, cpu or cuda, but '{name}' was given")
+    return torch.device(name)
+
+
+def _scheduler(config: Config, loaded: Any | None) -> Any:
+    process, kind = config.model.process, config.model.prediction
+    if loaded is not None:
+        if process is not None:
+            raise UserError("the teacher brings its own scheduler: remove model.process")
+        return loaded
+    if process is None or kind is None:
+        raise UserError("this network brings no scheduler: set model.process.name (flow or vp) and model.prediction")
+    if process.name == "flow":
+        if kind != "flow_prediction":
+            raise UserError(f"a flow process goes with model.prediction=flow_prediction, but '{kind}' was given")
+        return schedulers.flow_scheduler(config.model.shift)
+    betas = {k: getattr(process, k) for k in ("beta_schedule", "beta_start", "beta_end")}
+    return schedulers.vp_scheduler(kind, {**betas, "rescale_betas_zero_snr": process.zero_terminal_snr})
+
+
+def _null_label(config: Config, backbone: DiffusersBackbone, labels: int) -> int | None:
+    classes = backbone.family.classes(backbone.net)
+    if classes is None or labels == 0:
+        return None
+    if classes < labels:
+        raise UserError(f"the data has {labels} labels, but the network knows only {classes} classes")
+    if config.model.null_label is not None:
+        if not 0 <= config.model.null_label < classes:
+            raise UserError(f"model.null_label is from 0 to {classes - 1}, but {config.model.null_label} was given")
+        return config.model.null_label
+    return classes - 1 if classes == labels + 1 else None
+
+
+def build_teacher(config: Config, labels: int) -> Teacher:
+    """The teacher of a run, or the new network that `diffusion` trains."""
+    model = config.model
+    if (model.teacher is None) == (model.network is None):
+        raise UserError("set either model.teacher (a folder or hub id) or model.network (a new network), not both")
+    if model.network is not None:
+        loaded = loading.Loaded(loading.new(model.network), None)
+    else:
+        loaded = loading.load(str(model.teacher), model.revision)
+    scheduler = _scheduler(config, loaded.scheduler)
+    schedule, kind = schedulers.read(scheduler)
+    backbone = DiffusersBackbone(loaded.net, schedule, kind)
+    null_label = _null_label(config, backbone, labels)
+    if config.model.guidance != 1 and null_label is None:
+        raise UserError("this teacher has no null class, so it cannot be guided: set model.guidance=1")
+    return Teacher(loaded.net.eval(), schedule, kind, scheduler, null_label)
+
+
+def _shape(net: nn.Module, resolution: int) -> tuple[int, int, int]:
+    size, channels = net.config.sample_size, net.config.in_channels
+    if size not in (None, resolution):
+        raise UserError(f"the network makes {size}x{size} images, but data.resolution is {resolution}")
+    return channels, resolution, resolution
+
+
+def _generator(config: Config, teacher: Teacher) -> Backbone:
+    count = config.model.experts
+    if count == 1:
+        return teacher.backbone(copy.deepcopy(teacher.net))
+    phases = config.objective.phases if hasattr(config.objective, "phases") else 1  # type: ignore[attr-defined]
+    if count != phases:
+        raise UserError(f"model.experts is 1 or the objective's number of phases ({phases}), but {count} was given")
+    experts = [teacher.backbone(copy.deepcopy(teacher.net)) for _ in range(count)]
+    # Phase k starts where phase k - 1 stops; the network of a phase answers for the times told in it.
+    return Routed(experts, [1 - i / count for i in range(1, count)])
+
+
+def build(config: Config, previous: Path | None = None) -> Run:
+    """Builds a run, networks on the device, everything but the generator's own turn taken from `config`."""
+    device = pick_device(config.device)
+    source = open_source(config.data.source, config.data.resolution, config.data.seed)
+    torch.manual_seed(config.seed)
+    teacher = build_teacher(config, len(source.labels))
+    shape = _shape(teacher.net, config.data.resolution)
+    module = objectives.find(config.objective.name)  # type: ignore[attr-defined]
+    roles = module.Objective.roles
+    student = as_flow(config, teacher) if config.model.as_flow else teacher
+    generator = _generator(config, student)
+    real_score: Backbone | None = None
+    if "real_score" in roles:
+        real_score = Guided(teacher.backbone(), config.model.guidance)
+        if config.model.as_flow:
+            real_score = Remapped(real_score, student.schedule, student.kind)
+        real_score.requires_grad_(False)
+    fake_score = student.backbone(copy.deepcopy(teacher.net)) if "fake_score" in roles else None
+    triad = Triad(generator.to(device), _on(real_score, device), _on(fake_score, device))
+    for network in (generator, real_score, fake_score):
+        if network is not None:
+            network.eval()
+    start(config, triad, previous)
+    scheduler = exportable(config, student)
+    steps = schedulers.student_steps(student.schedule, scheduler, config.model.steps, config.model.shift)
+    rollout = Rollout(steps, transition(config.model.transition, config.model.eta))
+    objective = module.Objective(config.objective, triad, rollout).to(device)
+    run = Run(config, device, source, teacher, rollout, triad, objective, {}, scheduler, shape)
+    run.players = build_players(config, triad, objective)
+    return run
+
+
+def as_flow(config: Config, teacher: Teacher) -> Teacher:
+    """The teacher's weights read as a flow network; a student of a VP teacher starts from them."""
+    scheduler = schedulers.flow_scheduler(config.model.shift)
+    schedule, kind = schedulers.read(scheduler)
+    return Teacher(teacher.net, schedule, kind, scheduler, teacher.null_label)
+
+
+def _on(network: Backbone | None, device: torch.device) -> Backbone | None:
+    return None if network is None else network.to(device)
+
+
+def exportable(config: Config, student: Teacher) -> Any | None:
+    """The student's scheduler, or None where stock diffusers has no route (said again by `export`)."""
+    model = config.model
+    try:
+        return schedulers.student_scheduler(
+            student.scheduler, student.kind, model.transition, model.steps, model.shift
+        )
+    except UserError:
+        return None
+
+
+def start(config: Config, triad: Triad, previous: Path | None) -> None:
+    """Loads the weights that `config.start` names; a role it does not name starts from the teacher."""
+    for role, where in config.start.items():
+        network = getattr(triad, role, None) if role in ("generator", "fake_score") else None
+        if network is None:
+            raise UserError(f"start.{role}: this run has no such network; use generator or fake_score")
+        if where == "teacher":
+            continue
+        if where.startswith("previous."):
+            if previous is None:
+                raise UserError(f"start.{role}={where}: there is no earlier stage")
+            state = checkpoint.read_network(latest(previous), where.removeprefix("previous."), "ema")
+        elif (Path(where) / "checkpoints").is_dir():
+            state = checkpoint.read_network(latest(Path(where)), role, "ema")
+        else:
+            state = {f"net.{k}": v for k, v in loading.load(where).net.state_dict().items()}
+        load_weights(network, checkpoint.as_float32(state), f"start.{role}={where}")
+
+
+def load_weights(network: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
+    """Strict; a single network starts every expert of a routed one. Raises UserError when they differ."""
+    if isinstance(network, Routed) and not any(k.startswith("experts.") for k in state):
+        for expert in network.experts:
+            load_weights(expert, state, what)
+        return
+    if isinstance(network, Routed):
+        state = {k: v for k, v in state.items() if not k.startswith("inner.")}
+        state |= {k.replace("experts.0.", "inner."): v for k, v in state.items() if k.startswith("experts.0.")}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{what}: its weights are not those of this network ({str(error).splitlines()[1].strip()})") from None
+
+
+def latest(run: Path) -> Path:
+    """The newest checkpoint of a run folder. Raises UserError when there is none."""
+    found = checkpoint.available(run / "checkpoints")
+    if not found:
+        raise UserError(f"{run} has no checkpoint: give the folder of a run that has saved one")
+    return found[-1]
+
+
+def build_players(config: Config, triad: Triad, objective: Objective) -> dict[str, Player]:
+    """One player for each role that learns, the objective's own modules joined to it."""
+    learns = objective.learns()
+    wanted = ["generator"] + (["fake_score"] if triad.fake_score is not None else [])
+    for name in config.players:
+        if name not in wanted:
+            raise UserError(f"players.{name}: this objective has only the players {', '.join(wanted)}")
+    players = {}
+    for name in wanted:
+        if name not in config.players:
+            raise UserError(f"players.{name} is missing: set at least players.{name}.lr")
+        player = Player(name, [getattr(triad, name), *learns.get(name, [])], config.players[name])
+        if player.config.ema:
+            player.followers["ema"] = Follower(player.modules[0], ema_decay(player.config.ema))
+        players[name] = player
+    for label, decay in objective.followers().items():
+        follower = Follower(triad.generator, lambda moves, decay=decay: decay)
+        players["generator"].followers[label] = follower
+        objective.targets[label] = follower.module  # type: ignore[assignment]
+    return players
+
+
+def batches(run: Run) -> Callable[[int], list[Batch]]:
+    """step -> its micro-batches. Sample ids are step * batch + position, whatever the number of micro-batches."""
+    config, reads = run.config, run.objective.reads
+
+    def at(step: int) -> list[Batch]:
+        ids = torch.arange(step * config.batch, (step + 1) * config.batch, device=run.device)
+        return [one(part, step) for part in ids.chunk(config.micro_batches)]
+
+    def one(ids: torch.Tensor, step: int) -> Batch:
+        draw = Draw(config.seed, step, ids)
+        return Batch(
+            noise=draw.normal("noise", run.shape),
+            cond=condition(run.source, ids),
+            draw=draw,
+            x0=run.source.images(ids.cpu()).to(run.device) if "x0" in reads else None,
+            pair=run.pairs.of(draw).to(run.device) if run.pairs is not None else None,
+        )
+
+    return at
+
+
+def condition(source: Source, ids: torch.Tensor) -> Condition:
+    """The labels of the samples `ids`, as a network input; empty for data without labels."""
+    if not source.labels:
+        return Condition()
+    return Condition({"class_labels": source.label_of(ids.cpu()).to(ids.device)})
+
+
+def prepare(run: Run, root: Path) -> None:
+    """Makes what must be there before the first step: the teacher's pairs, for objectives that read them."""
+    if "pair" not in run.objective.reads:
+        return
+    file, config = root / "pairs.safetensors", run.config.pairs
+    if not file.exists():
+        scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", config.steps)
+        walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
+        guided = Guided(run.teacher.backbone(), run.config.model.guidance).to(run.device).eval()
+        with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True) as bar:
+            made = pairs.make_pairs(
+                guided,
+                walk,
+                lambda rows: condition(run.source, rows),
+                run.shape,
+                config.count,
+                config.seed,
+                progress=bar.update,
+            )
+        pairs.save(file, made)
+    run.pairs = pairs.load(file, config.seed)

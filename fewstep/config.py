@@ -1,0 +1,234 @@
+"""Typed configuration: dataclass schema <- YAML <- key=value, then plain dataclass objects."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fewstep.core.errors import UserError
+from fewstep.core.prediction import Kind
+from fewstep.objectives import base as objectives
+from fewstep.rollout import TransitionName
+from fewstep.train.player import PlayerConfig
+
+
+@dataclass
+class ProcessConfig:
+    """The forward process of a network that does not bring its scheduler."""
+
+    name: Literal["flow", "vp"] = "flow"
+    """flow: x_t = (1 - t) x0 + t eps; vp: variance preserving, from betas"""
+    beta_schedule: str = "scaled_linear"
+    """linear | scaled_linear | squaredcos_cap_v2, as diffusers names them"""
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    zero_terminal_snr: bool = False
+    """rescale the betas so that the last level is pure noise (needs v or x0 prediction)"""
+
+
+@dataclass
+class ModelConfig:
+    teacher: str | None = None
+    """pipeline folder, bare diffusers model folder (then set process and prediction), or hub id"""
+    revision: str | None = None
+    """branch, tag or commit of a hub id"""
+    network: dict[str, Any] | None = None
+    """instead of a teacher, a new network: `class` and the arguments of that diffusers class"""
+    process: ProcessConfig | None = None
+    """forward process; needed without a scheduler, refused with one"""
+    prediction: Kind | None = None
+    """epsilon | sample | v_prediction | flow_prediction; needed without a scheduler"""
+    null_label: int | None = None
+    """label that means "no class"; default: the last embedding when there is one more than labels"""
+    guidance: float = 1.0
+    """teacher guidance w in u + w (c - u); 1 = none"""
+    steps: int = 1
+    """network passes of the student, 1 to 8"""
+    transition: TransitionName = "ode"
+    """between the student's steps: renoise (SDE) | ode | cps | gamma | jump"""
+    eta: float = 0.5
+    """share of fresh noise of cps and gamma"""
+    shift: float = 1.0
+    """moves the student's times towards noise (> 1), flow models only"""
+    as_flow: bool = False
+    """train the student on flow time with flow prediction, whatever process its teacher has"""
+    experts: int = 1
+    """networks of the generator, one for each phase of phased_dmd; 1 = one shared network"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 1000:
+            raise UserError(f"model.steps is a number of network passes from 1 to 1000, but {self.steps} was given")
+        if self.shift <= 0:
+            raise UserError(f"model.shift is a factor above 0, but {self.shift} was given")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"model.eta is a share from 0 to 1, but {self.eta} was given")
+
+
+@dataclass
+class DataConfig:
+    source: str = "scenes"
+    """scenes, or a folder of images whose sub-folders are the labels"""
+    resolution: int = 16
+    """height and width in pixels"""
+    seed: int = 1
+    """seed of the scenes"""
+
+
+@dataclass
+class EvalConfig:
+    every: int = 200
+    """steps between sample grids; 0 = none"""
+    measure_every: int = 0
+    """steps between measurements of the student; 0 = only at the end"""
+    samples: int = 2000
+    """images measured at the end; 0 = no table"""
+    baseline: bool = True
+    """also measure the undistilled teacher at the student's step count"""
+
+
+@dataclass
+class SaveConfig:
+    every: int = 500
+    """steps between checkpoints"""
+    keep: int = 2
+    """checkpoints kept"""
+    export: bool = True
+    """write the diffusers pipeline folder at the end"""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise UserError(f"save.every and save.keep are at least 1, but {self.every} and {self.keep} were given")
+
+
+@dataclass
+class PairsConfig:
+    count: int = 2000
+    """teacher pairs made before training, for objectives that read them"""
+    steps: int = 24
+    """teacher steps for each pair"""
+    seed: int = 7
+    """seed of the pairs' noise and labels"""
+
+
+@dataclass
+class Config:
+    """One run, or one stage of a run."""
+
+    name: str = MISSING
+    """the run folder is runs/<date>_<name>"""
+    seed: int = 0
+    steps: int = 1000
+    """calls of the objective's turns"""
+    batch: int = 64
+    """samples a step, over all micro-batches"""
+    micro_batches: int = 1
+    """parts a batch is split into, to save memory"""
+    device: str = "auto"
+    """auto | cpu | cuda"""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    start: dict[str, str] = field(default_factory=dict)
+    """role -> where its weights start: teacher | previous.generator | previous.fake_score | a run or model folder"""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """name and its own keys: see `fewstep objectives`"""
+    players: dict[str, PlayerConfig] = field(default_factory=dict)
+    """generator and, where there is one, fake_score"""
+    data: DataConfig = field(default_factory=DataConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """each stage is this config with these keys laid over it; stages run one after the other"""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.micro_batches < 1:
+            raise UserError("steps, batch and micro_batches are at least 1")
+        if self.batch % self.micro_batches:
+            raise UserError(f"batch {self.batch} cannot be split into {self.micro_batches} equal micro_batches")
+
+
+def _sentence(error: Exception) -> str:
+    """The first lines of an omegaconf error, without its type trace."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shown = [line for line in lines if not line.startswith(("object_type", "reference_type"))]
+    return " ".join(shown).replace("full_key:", "at")
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:8]) if path.parent.is_dir() else ""
+        raise UserError(f"there is no config file {path}" + (f": the folder has {near}" if near else ""))
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"{path} is not a YAML file that can be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold keys and values at its top level")
+    if "base" in loaded:
+        below = _read(path.parent / loaded.pop("base"))
+        if "base" in below:
+            raise UserError(f"{path}: the base of a config has no base of its own")
+        loaded = _overlay(below, loaded)
+    return loaded
+
+
+def _overlay(below: DictConfig, above: DictConfig) -> DictConfig:
+    """`above` over `below`; a different objective replaces the whole objective node."""
+    below = copy.deepcopy(below)
+    old, new = below.get("objective"), above.get("objective")
+    if old and new and "name" in new and new["name"] != old.get("name"):
+        del below["objective"]
+    merged = OmegaConf.merge(below, above)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
+    """The stages of a config file with `key=value` overrides laid over it; one Config where it names no stages.
+
+    Raises UserError with one sentence for an unknown key, a wrong type or contradictory values.
+    """
+    given = _read(Path(path))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}' is not an override: write key=value, such as model.steps=4")
+    try:
+        given = _overlay(given, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise UserError(_sentence(error)) from None
+    stages = given.pop("stages", None) or [{}]
+    return [_typed(_overlay(given, OmegaConf.create(stage))) for stage in stages]
+
+
+def _typed(given: DictConfig) -> Config:
+    if not given.get("name"):
+        raise UserError("the config has no name: add a line such as name: my_run")
+    node = given.get("objective") or {}
+    if "name" not in node:
+        raise UserError(f"objective.name is missing: use one of {', '.join(objectives.names())}")
+    module = objectives.find(node["name"])
+    try:
+        objective = OmegaConf.merge(OmegaConf.structured(module.Config), node)
+        typed = OmegaConf.merge(OmegaConf.structured(Config), {k: v for k, v in given.items() if k != "objective"})
+        config = OmegaConf.to_object(typed)
+        assert isinstance(config, Config)
+        config.objective = OmegaConf.to_object(objective)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UserError(_sentence(error)) from None
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The complete resolved config; loading it gives the same Config."""
+    objective = OmegaConf.structured(config.objective)
+    plain = copy.copy(config)
+    plain.objective = {}
+    container = OmegaConf.to_container(OmegaConf.structured(plain))
+    assert isinstance(container, dict)
+    container["objective"] = OmegaConf.to_container(objective)
+    return OmegaConf.to_yaml(OmegaConf.create(container))

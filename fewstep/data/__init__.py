@@ -1,0 +1,1 @@
+"""Where training images, labels and pairs come from."""

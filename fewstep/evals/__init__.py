@@ -1,0 +1,1 @@
+"""Measures of fidelity, diversity, mode loss and speed."""

@@ -1,0 +1,42 @@
+"""Grids of images as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+_GAP = 2
+_LETTER = 7
+_MARGIN = 6
+
+
+def save_grid(
+    images: Tensor, path: Path | str, columns: int, scale: int = 4, row_labels: Sequence[str] | None = None
+) -> None:
+    """Write images (N,3,H,W) in [-1,1] to a PNG with `columns` a row, each pixel `scale` wide.
+
+    `row_labels`, one for each row, are written to the left. ValueError when their number is wrong.
+    """
+    rows = -(-len(images) // columns)
+    if row_labels is not None and len(row_labels) != rows:
+        raise ValueError(f"{rows} rows need {rows} labels, not {len(row_labels)}.")
+    height, width = (side * scale + _GAP for side in images.shape[-2:])
+    left = max(map(len, row_labels)) * _LETTER + _MARGIN if row_labels else 0
+    canvas = Image.new("RGB", (left + columns * width + _GAP, rows * height + _GAP), "white")
+    for index, image in enumerate(_bytes(images)):
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy())
+        tile = tile.resize((width - _GAP, height - _GAP), Image.Resampling.NEAREST)
+        canvas.paste(tile, (left + index % columns * width + _GAP, index // columns * height + _GAP))
+    pen = ImageDraw.Draw(canvas)
+    for row, text in enumerate(row_labels or ()):
+        pen.text((_MARGIN // 2, (row + 0.5) * height), text, fill="black", anchor="lm")
+    canvas.save(path, format="PNG")
+
+
+def _bytes(images: Tensor) -> Tensor:
+    """(N,3,H,W) uint8 on the CPU; -1 is 0 and 1 is 255."""
+    return ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

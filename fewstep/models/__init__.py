@@ -1,0 +1,1 @@
+"""Networks behind one face: every model is a `Backbone`, and what combines backbones is a `Backbone` too."""

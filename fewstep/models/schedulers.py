@@ -1,0 +1,106 @@
+"""Between diffusers schedulers and our processes: what a teacher's scheduler means, what a student's must be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+
+from fewstep.core.errors import UserError
+from fewstep.core.prediction import KINDS, Kind
+from fewstep.core.schedule import VP, Flow, NoiseSchedule, shift
+from fewstep.rollout import Step
+
+
+def read(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
+    """The process and the prediction kind a diffusers scheduler stands for.
+
+    Raises UserError for a scheduler of neither kind and for epsilon at a zero terminal SNR.
+    """
+    config = scheduler.config
+    flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas")
+    if flow:
+        return Flow(), "flow_prediction"
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"the scheduler {type(scheduler).__name__} is neither variance preserving nor flow matching: "
+            "save the teacher with a DDIMScheduler or a FlowMatchEulerDiscreteScheduler"
+        )
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in KINDS:
+        raise UserError(f"the scheduler's prediction_type '{kind}' is none of {', '.join(KINDS)}")
+    schedule = VP(scheduler.alphas_cumprod)
+    if kind == "epsilon" and scheduler.alphas_cumprod[-1] <= 0:
+        raise UserError("epsilon prediction is not finite at a zero terminal SNR: use v_prediction")
+    return schedule, kind
+
+
+def flow_scheduler(flow_shift: float = 1.0) -> Any:
+    """Euler on a flow model, in the form that class-conditional diffusers pipelines accept."""
+    return diffusers.DPMSolverMultistepScheduler(
+        solver_order=1,
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        flow_shift=flow_shift,
+        final_sigmas_type="zero",
+    )
+
+
+def vp_scheduler(kind: Kind, betas: Mapping[str, Any]) -> Any:
+    """DDIM with trailing timesteps; `betas` has beta_schedule, beta_start, beta_end (or trained_betas) and so on."""
+    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    return diffusers.DDIMScheduler(
+        **{name: betas[name] for name in names if name in betas},
+        prediction_type=kind,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def student_scheduler(teacher: Any, kind: Kind, transition: str, steps: int, flow_shift: float = 1.0) -> Any:
+    """The scheduler to save beside a student: `steps` passes, `transition` ode or renoise.
+
+    `teacher` is the scheduler the process came from. Raises UserError where stock diffusers has no route.
+    """
+    if kind == "flow_prediction":
+        if steps > 1 and transition != "ode":
+            raise UserError(
+                f"no stock diffusers scheduler renoises a class-conditional flow model: train {steps} steps "
+                "with model.transition=ode to export, or sample with fewstep"
+            )
+        return flow_scheduler(flow_shift)
+    if steps > 1 and transition not in ("ode", "renoise"):
+        raise UserError(f"no stock diffusers scheduler does the transition '{transition}': use ode or renoise")
+    if transition == "ode" or steps == 1:
+        return vp_scheduler(kind, teacher.config)
+    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    return diffusers.LCMScheduler(
+        **{name: teacher.config[name] for name in names if name in teacher.config},
+        prediction_type=kind,
+        original_inference_steps=steps,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def steps_of(scheduler: Any, steps: int) -> list[Step]:
+    """The (told, level) pairs a diffusers scheduler walks in `steps` passes, its truncation of timesteps included."""
+    trained = scheduler.config.num_train_timesteps
+    if steps > trained:
+        raise UserError(f"{steps} steps were asked for, but the schedule has only {trained}")
+    scheduler.set_timesteps(steps)
+    if scheduler.config.get("use_flow_sigmas"):
+        pairs = zip(scheduler.timesteps.tolist(), scheduler.sigmas[:-1].tolist(), strict=True)
+        return [Step(told / trained, sigma) for told, sigma in pairs]
+    return [Step((index + 1) / trained, (index + 1) / trained) for index in scheduler.timesteps.tolist()]
+
+
+def student_steps(schedule: NoiseSchedule, scheduler: Any | None, steps: int, flow_shift: float) -> list[Step]:
+    """The student's steps: those of the scheduler that will be exported, or evenly spaced and shifted without one."""
+    if scheduler is not None:
+        return steps_of(scheduler, steps)
+    even = shift(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), flow_shift)
+    return [Step(t, t) for t in schedule.snap(even).tolist()]

@@ -1,0 +1,40 @@
+"""Features of named blocks by forward hooks, and forwards that end as soon as the last one is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+class Stopped(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by the hook of the last tapped block; exact under autograd, checkpointing, compile and FSDP2."""
+
+
+@contextmanager
+def tapped(net: nn.Module, taps: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of the blocks `taps` of `net` while inside. Raises ValueError for an unknown block."""
+    features: dict[str, Tensor] = {}
+    handles = []
+
+    def hook(name: str):
+        def keep(module: nn.Module, args: object, output: object) -> None:
+            features[name] = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
+            if stop and len(features) == len(taps):
+                raise Stopped
+
+        return keep
+
+    try:
+        for name in taps:
+            try:
+                block = net.get_submodule(name)
+            except AttributeError:
+                blocks = ", ".join(n for n, _ in net.named_children())
+                raise ValueError(f"no block '{name}' in {type(net).__name__}: its blocks are {blocks}") from None
+            handles.append(block.register_forward_hook(hook(name)))
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()

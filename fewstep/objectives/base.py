@@ -1,0 +1,139 @@
+"""What an objective is: a generator of turns over a triad of networks."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.batch import Batch
+from fewstep.core.errors import UserError
+from fewstep.core.times import Times
+from fewstep.models.backbone import Backbone
+from fewstep.rollout import Rollout, Sample
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One loss for one player: the loop does backward on every micro-batch, then moves that player if `move`.
+
+    Logged tensors are detached scalars.
+    """
+
+    player: str
+    loss: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    move: bool = True
+
+
+@dataclass(frozen=True)
+class Share:
+    """Asks the loop for the mean of a detached tensor over all micro-batches and processes."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Triad:
+    """The networks of a run. A role that the objective does not name is None and was never built."""
+
+    generator: Backbone
+    real_score: Backbone | None = None
+    fake_score: Backbone | None = None
+
+
+Turns = Iterator[Any]  # yields Turn, or Share whose answer is sent back
+
+
+class Objective(nn.Module):
+    """A method. Subclasses are called `Objective`, one a file, beside a dataclass called `Config`.
+
+    `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses
+    (x0, pair). Own modules and buffers are saved with the run; `learns` says which player each joins.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("generator",)
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, triad: Triad, rollout: Rollout):
+        super().__init__()
+        self.config, self.triad, self.rollout = config, triad, rollout
+        self.targets: dict[str, Backbone] = {}
+
+    def learns(self) -> dict[str, list[nn.Module]]:
+        """Player -> modules of this objective that move with it, beside the network of that name."""
+        return {}
+
+    def followers(self) -> dict[str, float]:
+        """Name -> decay of the target networks that trail the generator; they are found in `self.targets`."""
+        return {}
+
+    def cycle(self) -> int:
+        """Steps after which the pattern of turns repeats, and in which the generator moves once."""
+        return 1
+
+    def turns(self, batch: Batch, step: int) -> Turns:
+        raise NotImplementedError
+
+    def draw_time(self, batch: Batch, purpose: str, times: Times, above: Tensor | None = None) -> Tensor:
+        """t (B,) of the generator's process."""
+        return times(batch.draw.uniform(purpose), self.triad.generator.schedule, above)
+
+
+class SampledObjective(Objective):
+    """Samples once; `generator_loss(sample)` on the generator's turn, then `critic_loss` on the detached sample.
+
+    The default `turns` of everything that can be summed (objective `sum`).
+    """
+
+    def generates(self, step: int) -> bool:
+        """Whether the generator moves at this step."""
+        return True
+
+    def criticises(self, step: int) -> bool:
+        """Whether the critic moves at this step."""
+        return True
+
+    def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
+        return self.rollout(self.triad.generator, batch.noise, batch.cond, batch.draw, grad=int(grad))
+
+    def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def turns(self, batch: Batch, step: int) -> Turns:
+        sample = self.sample(batch, step, grad=self.generates(step))
+        if self.generates(step):
+            loss, logs = self.generator_loss(batch, sample, step)
+            yield Turn("generator", loss, {**logs, **sample_logs(sample.x0)})
+        if self.criticises(step):
+            loss, logs = self.critic_loss(batch, sample.detach(), step)
+            yield Turn("fake_score", loss, logs)
+
+
+@torch.no_grad()
+def sample_logs(x0: Tensor) -> dict[str, Tensor]:
+    """Mean, deviation and share of saturated values (|x0| > 1) of a sample (B, *S)."""
+    return {"x0/mean": x0.mean(), "x0/std": x0.std(), "x0/saturated": (x0.abs() > 1).float().mean()}
+
+
+def names() -> list[str]:
+    """Every objective, by file name."""
+    import fewstep.objectives as package
+
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base", "pieces"))
+
+
+def find(name: str) -> ModuleType:
+    """The module of the objective `name`, with its `Config` and `Objective`. Raises UserError for another name."""
+    if name not in names():
+        raise UserError(f"there is no objective '{name}': use one of {', '.join(names())}")
+    return importlib.import_module(f"fewstep.objectives.{name}")

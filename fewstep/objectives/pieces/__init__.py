@@ -1,0 +1,1 @@
+"""Pure terms that two or more objectives share."""

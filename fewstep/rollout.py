@@ -1,0 +1,143 @@
+"""Few-step generation, shared by training, evaluation, sampling and the exported scheduler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core.batch import Condition
+from fewstep.core.draw import Draw
+from fewstep.core.prediction import Prediction
+from fewstep.core.schedule import add_noise, bridge
+from fewstep.models.backbone import Backbone
+
+TransitionName = Literal["renoise", "ode", "cps", "gamma", "jump"]
+Transition = Callable[[Prediction, Tensor, Callable[[], Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """`told` is the time the network is given, `level` the time whose alpha and sigma are used."""
+
+    told: float
+    level: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a rollout hands on.
+
+    `x` (B, *S) is the state at level `s` (B,), 0 = clean; `x0` the last prediction of the clean sample;
+    `x_t` and `t` (B,) the input of the last step and `index` its position in the rollout.
+    """
+
+    x: Tensor
+    s: Tensor
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+    index: int
+
+    def detach(self) -> Sample:
+        return Sample(self.x.detach(), self.s, self.x0.detach(), self.x_t.detach(), self.t, self.index)
+
+
+def renoise(prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+    """alpha_s x0 + sigma_s z with fresh z: the consistency-model (SDE) sampler."""
+    return add_noise(prediction.schedule, prediction.x0, fresh(), s)
+
+
+def ode(prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+    """alpha_s x0 + sigma_s eps: one DDIM or Euler step; with a flow map, its jump."""
+    return prediction.to(s)
+
+
+def cps(eta: float) -> Transition:
+    """Coefficient-preserving sampling: the noise is cos(pi eta / 2) eps + sin(pi eta / 2) z.
+
+    eta = 0 is `ode`, eta = 1 is `renoise`.
+    """
+    kept, new = math.cos(eta * math.pi / 2), math.sin(eta * math.pi / 2)
+
+    def step(prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+        return add_noise(prediction.schedule, prediction.x0, kept * prediction.eps + new * fresh(), s)
+
+    return step
+
+
+def gamma_jump(gamma: float) -> Transition:
+    """TCD: jump to the cleaner level (1 - gamma) s, then add fresh noise up to s.
+
+    gamma = 0 is `ode`, gamma = 1 is `renoise`.
+    """
+
+    def step(prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+        cleaner = (1 - gamma) * s
+        a, b = bridge(prediction.schedule, cleaner, s, prediction.x_t)
+        return a * prediction.to(cleaner) + b * fresh()
+
+    return step
+
+
+def transition(name: TransitionName, eta: float = 0.5) -> Transition:
+    """The transition of that name; `eta` is the share of fresh noise of `cps` and the gamma of `gamma`."""
+    if name == "cps":
+        return cps(eta)
+    if name == "gamma":
+        return gamma_jump(eta)
+    return renoise if name == "renoise" else ode
+
+
+class Rollout:
+    """Walks `steps`, noisiest first, from unit noise. With `two_times` the network is told where each step ends."""
+
+    def __init__(self, steps: Sequence[Step], step: Transition = renoise, two_times: bool = False):
+        if not steps:
+            raise ValueError("a rollout needs at least one step")
+        self.steps, self.step, self.two_times = tuple(steps), step, two_times
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def level_after(self, index: int) -> float:
+        """The level a step hands its state on at: the next step's, or 0 after the last."""
+        return self.steps[index + 1].level if index + 1 < len(self.steps) else 0.0
+
+    def __call__(
+        self,
+        net: Backbone,
+        noise: Tensor,
+        cond: Condition,
+        draw: Draw,
+        *,
+        exit: int | None = None,
+        stop: Literal["clean", "next"] = "clean",
+        grad: int = 0,
+        purpose: str = "rollout",
+    ) -> Sample:
+        """Rolls out through step `exit` (default: the last) and returns its Sample.
+
+        `noise` (B, *S) is unit normal. `stop`: hand on x0, or the state at the next step's level. `grad`: how many
+        of the last steps carry a gradient; the others run without. Fresh noise comes from `draw`.
+        """
+        last = len(self.steps) - 1 if exit is None else exit
+        rows = noise.new_ones(len(noise), dtype=torch.float32)
+        x = noise * net.schedule.prior_std
+        for i in range(last + 1):
+            here, after = self.steps[i], self.level_after(i)
+            with nullcontext() if last - i < grad else torch.no_grad():
+                to = after * rows if self.two_times else None
+                prediction = net(x, here.told * rows, cond, to=to).at(here.level * rows)
+                x_t, s = x, after * rows
+                if i < last or (stop == "next" and after > 0):
+                    x = self.step(prediction, s, lambda i=i: draw.normal(f"{purpose}.{i}", noise.shape[1:]))
+        x0 = prediction.x0 if last < grad or grad else prediction.x0.detach()
+        if stop == "clean" or after == 0:
+            x, s = x0, torch.zeros_like(rows)
+        return Sample(x, s, x0, x_t, here.level * rows, last)

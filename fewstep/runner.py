@@ -1,0 +1,164 @@
+"""Plays a config from start to finish: stages, logs, sample grids, checkpoints, signals, export, report."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import torch
+from tqdm import tqdm
+
+from fewstep import build as building
+from fewstep.build import Run
+from fewstep.config import Config, to_yaml
+from fewstep.core.errors import UserError
+from fewstep.train import checkpoint
+from fewstep.train.loop import Logs, train
+from fewstep.train.player import NonFinite
+from fewstep.train.rundir import RunDir
+
+_SHOWN = ("generator/loss", "gap", "lag", "generator/grad_norm", "x0/std", "gan/accuracy")
+
+
+class Interrupts:
+    """Turns SIGINT and SIGTERM into a request to stop after the current step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class Interrupted(UserError):
+    """The run was asked to stop; it has saved first and says where."""
+
+
+class Training:
+    """One stage while it trains: what happens after every step."""
+
+    def __init__(self, run: Run, folder: RunDir, done: int, interrupts: Interrupts):
+        self.run, self.folder, self.interrupts = run, folder, interrupts
+        self.bar = tqdm(total=run.config.steps, initial=done, unit="step", desc=run.config.name, dynamic_ncols=True)
+        self.images = done * run.config.batch
+        self.started = time.perf_counter()
+
+    def after(self, step: int, logs: Logs) -> bool:
+        done, config = step + 1, self.run.config
+        self.images += config.batch
+        seconds = round(time.perf_counter() - self.started, 3)
+        moves = {f"{name}/moves": player.moves for name, player in self.run.players.items()}
+        rates = {f"{name}/lr": player.learning_rate() for name, player in self.run.players.items()}
+        self.folder.append("log.jsonl", {"step": done, "seconds": seconds, "images": self.images, **moves, **rates, **logs})
+        self.bar.update()
+        self.bar.set_postfix({k.split("/")[-1]: f"{logs[k]:.3g}" for k in _SHOWN if k in logs}, refresh=False)
+        if config.evals.every and (done % config.evals.every == 0 or done == config.steps):
+            self.look(done)
+        due = done % config.save.every == 0 or done == config.steps
+        if due or self.interrupts.asked:
+            self.save(done)
+        return self.interrupts.asked is not None
+
+    def look(self, done: int) -> None:
+        from fewstep import measure
+
+        measure.save_student_grid(self.run, self.folder.samples / f"{done:07d}.png")
+
+    def save(self, done: int) -> Path:
+        try:
+            path = checkpoint.save(self.folder.checkpoints, done, self.run.players, self.run.objective)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint of step {done} could not be written ({error.strerror or error}): make room and "
+                "continue with --resume; earlier checkpoints are whole"
+            ) from None
+        checkpoint.prune(self.folder.checkpoints, self.run.config.save.keep)
+        return path
+
+
+def play_stage(config: Config, root: Path, previous: Path | None, resume: Path | None) -> Run:
+    """Trains one stage in the folder `root`, from the checkpoint `resume` where given."""
+    run = building.build(config, previous)
+    folder = RunDir(root)
+    folder.create()
+    done = 0
+    if resume is not None:
+        done = checkpoint.load(resume, run.players, run.objective)
+        for name in ("log.jsonl", "evals.jsonl"):
+            folder.truncate(name, done)
+    checkpoint.write_text(root / "config.yaml", to_yaml(config))
+    folder.write_origin({"source": config.model.teacher, "revision": config.model.revision})
+    building.prepare(run, root)
+    skipped = getattr(run.source, "skipped", [])
+    if skipped:
+        print(f"{len(skipped)} files could not be read and are left out: {', '.join(str(p) for p in skipped[:5])}")
+    with Interrupts() as interrupts:
+        training = Training(run, folder, done, interrupts)
+        try:
+            train(run.objective, building.batches(run), run.players, range(done, config.steps), training.after)
+        except NonFinite as error:
+            raise UserError(f"{error}; {_good(folder)}") from None
+        finally:
+            training.bar.close()
+    if interrupts.asked and (last := checkpoint.available(folder.checkpoints)):
+        raise Interrupted(f"stopped by {interrupts.asked}; saved in {last[-1]}: continue with --resume {last[-1]}")
+    return run
+
+
+def _good(folder: RunDir) -> str:
+    saved = checkpoint.available(folder.checkpoints)
+    return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
+
+
+def play(configs: list[Config], root: Path, resume: Path | None, finish: Callable[[Run, RunDir], None]) -> None:
+    """Plays all stages. `resume` names a checkpoint; stages before its own are taken as done.
+
+    A run of several stages has one sub-folder a stage; `finish` measures, exports and reports the last one.
+    """
+    torch.manual_seed(configs[0].seed)
+    previous: Path | None = None
+    for i, config in enumerate(configs):
+        place = root if len(configs) == 1 else root / f"stage_{i + 1}"
+        here = resume if resume is not None and resume.parent.parent == place else None
+        finished = checkpoint.available(place / "checkpoints")
+        if here is None and finished and int(finished[-1].name) >= config.steps and i + 1 < len(configs):
+            previous = place
+            continue
+        run = play_stage(config, place, previous, here)
+        previous = place
+    finish(run, RunDir(place))
+
+
+
+
+def resume_point(where: Path, name: str) -> tuple[Path, Path]:
+    """(run folder, checkpoint) for a run folder, a checkpoint, or a folder of runs whose newest `name` is meant.
+
+    Raises UserError when there is nothing to resume.
+    """
+    if where.parent.name == "checkpoints" and where.is_dir():
+        root = where.parent.parent
+        return (root.parent if root.name.startswith("stage_") else root), where
+    stages = [where, *sorted(where.glob("stage_*"))]
+    saved = [checkpoint.available(stage / "checkpoints") for stage in stages]
+    if found := [paths[-1] for paths in saved if paths]:
+        return where, found[-1]
+    runs = sorted((p for p in where.glob(f"*_{name}*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    if runs:
+        return resume_point(runs[-1], name)
+    raise UserError(f"there is nothing to resume in {where}: give a run folder, or start without --resume")

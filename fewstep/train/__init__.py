@@ -1,0 +1,1 @@
+"""Playing an objective's turns: players, the loop, checkpoints and the run folder."""

@@ -1,0 +1,171 @@
+"""Checkpoints that are whole or absent: written aside, verified by re-opening, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.core.errors import UserError
+from fewstep.train.player import Player
+
+STATE = "state.safetensors"
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+class Damaged(UserError):
+    """A checkpoint whose bytes are not the ones that were written."""
+
+
+def collect(players: Mapping[str, Player], extra: nn.Module) -> dict[str, Tensor]:
+    """Everything that changes during training, as flat names -> tensors: networks, followers, optimizers, buffers."""
+    state: dict[str, Tensor] = {f"objective/{k}": v for k, v in extra.state_dict().items()}
+    for name, player in players.items():
+        state |= {f"{name}/network/{k}": v for k, v in player.modules[0].state_dict().items()}
+        for label, follower in player.followers.items():
+            state |= {f"{name}/follower.{label}/{k}": v for k, v in follower.module.state_dict().items()}
+        names = {id(p): n for n, p in player.named_parameters()}
+        for parameter, moments in player.optimizer.state.items():
+            state |= {f"{name}/optimizer/{names[id(parameter)]}/{k}": v for k, v in moments.items()}
+    return state
+
+
+def restore(state: dict[str, Tensor], players: Mapping[str, Player], extra: nn.Module) -> None:
+    """The inverse of `collect`, strict: raises Damaged when a tensor is missing or left over."""
+    left = dict(state)
+
+    def take(prefix: str) -> dict[str, Tensor]:
+        chosen = {k.removeprefix(prefix): left.pop(k) for k in list(left) if k.startswith(prefix)}
+        return chosen
+
+    try:
+        extra.load_state_dict(take("objective/"))
+        for name, player in players.items():
+            player.modules[0].load_state_dict(take(f"{name}/network/"))
+            for label, follower in player.followers.items():
+                follower.module.load_state_dict(take(f"{name}/follower.{label}/"))
+            for key, parameter in player.named_parameters():
+                moments = take(f"{name}/optimizer/{key}/")
+                if moments:
+                    player.optimizer.state[parameter] = moments
+    except (RuntimeError, ValueError) as error:
+        raise Damaged(f"the checkpoint does not fit the configured networks: {str(error).splitlines()[0]}") from None
+    if left:
+        raise Damaged(f"the checkpoint holds {len(left)} tensors this run has no place for, such as {min(left)}")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save(folder: Path, step: int, players: Mapping[str, Player], extra: nn.Module) -> Path:
+    """Writes `folder`/<step>, the number of steps done. Raises OSError when the disk is full or read-only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{step:07d}"
+    aside = folder / f".{step:07d}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        state = {k: v.detach().cpu().contiguous() for k, v in collect(players, extra).items()}
+        write_state(aside / STATE, state)
+        manifest = {
+            "format": _FORMAT,
+            "step": step,
+            "moves": {name: player.moves for name, player in players.items()},
+            "sha256": {STATE: sha256(aside / STATE)},
+        }
+        write_text(aside / MANIFEST, json.dumps(manifest, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return final
+
+
+def write_state(path: Path, state: dict[str, Tensor]) -> None:
+    """Saves `state`, flushes it to disk and re-opens it. Raises OSError when what is there is not what was meant."""
+    # Shared storage (tied weights) cannot be saved twice under safetensors.
+    try:
+        save_file({k: v.clone() for k, v in state.items()}, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    with safe_open(path, framework="pt") as opened:
+        if set(opened.keys()) != set(state):
+            raise OSError(f"{path} does not hold what was written to it")
+
+
+def write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def available(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("*") if p.is_dir() and p.name.isdigit())
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are whole. Raises Damaged, naming the file and the one to use instead."""
+    earlier = [p for p in available(path.parent) if p.name < path.name]
+    instead = f"resume from the one before with --resume {earlier[-1]}" if earlier else "there is none before it"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        sums = manifest["sha256"]
+    except (OSError, ValueError, KeyError):
+        raise Damaged(f"the checkpoint {path} is damaged ({MANIFEST} cannot be read): {instead}") from None
+    for name, expected in sums.items():
+        if not (path / name).exists() or sha256(path / name) != expected:
+            raise Damaged(f"the checkpoint {path} is damaged ({name} is not what was written): {instead}")
+    return manifest
+
+
+def load(path: Path, players: Mapping[str, Player], extra: nn.Module) -> int:
+    """Restores players and objective from `path`; returns the number of steps done. Raises Damaged."""
+    manifest = verify(path)
+    restore(load_file(path / STATE), players, extra)
+    for name, player in players.items():
+        player.moves = manifest["moves"][name]
+    return manifest["step"]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes the oldest checkpoints beyond `keep`, and what an interrupted write left behind."""
+    for stale in folder.glob(".*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for old in available(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def read_network(path: Path, player: str, follower: str | None) -> dict[str, Tensor]:
+    """The weights of one network of a verified checkpoint: the follower's when asked for and there."""
+    verify(path)
+    state = load_file(path / STATE)
+    for part in ([f"follower.{follower}"] if follower else []) + ["network"]:
+        prefix = f"{player}/{part}/"
+        found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if found:
+            return found
+    raise UserError(f"the checkpoint {path} holds no network called {player}")
+
+
+def as_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in state.items()}

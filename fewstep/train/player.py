@@ -1,0 +1,126 @@
+"""A module that learns, with its optimizer, and the copies that trail it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core.errors import UserError
+
+
+@dataclass
+class PlayerConfig:
+    """How one player learns. Every count is in its own optimizer steps (moves)."""
+
+    lr: float = 1e-4
+    """learning rate"""
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
+    """AdamW moments"""
+    eps: float = 1e-8
+    """AdamW epsilon"""
+    weight_decay: float = 0.0
+    """AdamW decoupled weight decay"""
+    clip: float = 10.0
+    """largest norm of the gradient over all of the player's parameters"""
+    warmup: int = 0
+    """moves over which the rate rises from zero"""
+    decay: int = 0
+    """moves over which the rate falls to zero along a cosine; 0 = constant"""
+    ema: float = 0.0
+    """decay of the evaluation average; 0 = none. Keep 1 / (1 - ema) below a tenth of the planned moves"""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise UserError(f"a learning rate is above 0, but {self.lr} was given")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema is a decay in [0, 1), but {self.ema} was given")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(f"betas are two numbers in [0, 1), but {self.betas} was given")
+        if not self.clip > 0:
+            raise UserError(f"clip is a norm above 0, but {self.clip} was given")
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient that is not a number; names the player and the step."""
+
+
+class Follower:
+    """A float32 copy of `of` that trails it: shadow <- d shadow + (1 - d) weights, d = decay(moves)."""
+
+    def __init__(self, of: nn.Module, decay: Callable[[int], float]):
+        self.of, self.decay = of, decay
+        self.module = copy.deepcopy(of).float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, moves: int) -> None:
+        shadow, weights = list(self.module.parameters()), list(self.of.parameters())
+        torch._foreach_lerp_(shadow, [w.float() for w in weights], 1.0 - self.decay(moves))
+        for mine, theirs in zip(self.module.buffers(), self.of.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+def ema_decay(limit: float) -> Callable[[int], float]:
+    """min(limit, (1 + n) / (10 + n)) after n moves, so that the average is of use from the start."""
+    return lambda moves: min(limit, (1 + moves) / (10 + moves))
+
+
+class Player:
+    """Optimizer, clipping and learning-rate schedule of `modules`, by the player's own moves.
+
+    `followers` trail the first module, the player's network.
+    """
+
+    def __init__(self, name: str, modules: Sequence[nn.Module], config: PlayerConfig):
+        self.name, self.modules, self.config = name, list(modules), config
+        self.moves = 0
+        self.followers: dict[str, Follower] = {}
+        self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise UserError(f"the player {name} has no trainable parameter")
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=tuple(config.betas),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for i, module in enumerate(self.modules):
+            for name, parameter in module.named_parameters():
+                yield f"{i}.{name}", parameter
+
+    def learning_rate(self) -> float:
+        """The rate of the next move."""
+        c, n = self.config, self.moves
+        rate = c.lr * min(1.0, (n + 1) / c.warmup) if c.warmup else c.lr
+        if c.decay:
+            rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, n / c.decay)))
+        return rate
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def move(self, step: int) -> float:
+        """Clips, steps and lets the followers follow. Returns the gradient norm before clipping.
+
+        Raises NonFinite, leaving weights and optimizer untouched, when the norm is not finite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True).item()
+        if not math.isfinite(norm):
+            raise NonFinite(f"the gradient of player {self.name} is {norm} at step {step}: the move was refused")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.moves += 1
+        for follower in self.followers.values():
+            follower.follow(self.moves)
+        self.clear()
+        return norm

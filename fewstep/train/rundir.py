@@ -1,0 +1,94 @@
+"""The folder of a run: where everything it leaves behind is put."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.core.errors import UserError
+from fewstep.train.checkpoint import write_text
+
+
+class RunDir:
+    """`root`/config.yaml, origin.json, log.jsonl, evals.jsonl, samples/, checkpoints/, export/, report.html."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.samples, self.checkpoints, self.export = root / "samples", root / "checkpoints", root / "export"
+
+    def create(self) -> None:
+        """Makes the folders. Raises UserError when the place cannot be written to."""
+        try:
+            for folder in (self.samples, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"the run folder {self.root} cannot be written ({error.strerror}): choose another with --out") from None
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Adds one JSON line to `name`."""
+        with (self.root / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The JSON lines of `name`; a last line cut short by a crash is left out."""
+        path = self.root / name
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def truncate(self, name: str, step: int) -> None:
+        """Drops the lines of steps that a resumed run will play again."""
+        kept = [row for row in self.rows(name) if row["step"] <= step]
+        if (self.root / name).exists():
+            write_text(self.root / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write_origin(self, teacher: Mapping[str, Any]) -> None:
+        """Command, commit, versions, hardware and teacher: what a reader needs to repeat the run."""
+        packages = ("fewstep", "torch", "diffusers", "transformers", "safetensors", "omegaconf")
+        origin = {
+            "command": " ".join(sys.argv),
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "packages": {name: importlib.metadata.version(name) for name in packages},
+            "hardware": _hardware(),
+            "teacher": dict(teacher),
+        }
+        write_text(self.root / "origin.json", json.dumps(origin, indent=1))
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "not a git checkout"
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def new(root: Path, name: str) -> Path:
+    """runs/<date>_<name>, with a number behind it when that folder is taken."""
+    base = root / f"{date.today():%Y-%m-%d}_{name}"
+    number, path = 1, base
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}_{number}")
+    return path
