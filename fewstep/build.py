@@ -21,7 +21,7 @@ from fewstep.core.prediction import Kind
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.data.source import Source, open_source
 from fewstep.models import loading, schedulers
-from fewstep.models.backbone import Backbone, Guided, Remapped, Routed
+from fewstep.models.backbone import Backbone, Guided, Routed
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
@@ -133,68 +133,64 @@ def _shape(net: nn.Module, resolution: int) -> tuple[int, int, int]:
     return channels, resolution, resolution
 
 
-def _generator(config: Config, teacher: Teacher) -> Backbone:
+def _generator(config: Config, teacher: Teacher, rollout: Rollout) -> Backbone:
     count = config.model.experts
     if count == 1:
         return teacher.backbone(copy.deepcopy(teacher.net))
-    phases = config.objective.phases if hasattr(config.objective, "phases") else 1  # type: ignore[attr-defined]
+    phases = getattr(config.objective, "phases", 1)
     if count != phases:
         raise UserError(f"model.experts is 1 or the objective's number of phases ({phases}), but {count} was given")
+    if len(rollout) % count:
+        raise UserError(f"{len(rollout)} steps cannot be shared out to {count} experts: use a multiple")
     experts = [teacher.backbone(copy.deepcopy(teacher.net)) for _ in range(count)]
-    # Phase k starts where phase k - 1 stops; the network of a phase answers for the times told in it.
-    return Routed(experts, [1 - i / count for i in range(1, count)])
+    length = len(rollout) // count
+    return Routed(experts, [rollout.steps[i * length].told for i in range(1, count)])
 
 
 def build(config: Config, previous: Path | None = None) -> Run:
-    """Builds a run, networks on the device, everything but the generator's own turn taken from `config`."""
+    """Builds a run: networks on the device, their weights from `config.start`, the objective and its players.
+
+    `previous` is the folder of the stage before. Raises UserError for everything a config can get wrong.
+    """
     device = pick_device(config.device)
     source = open_source(config.data.source, config.data.resolution, config.data.seed)
     torch.manual_seed(config.seed)
     teacher = build_teacher(config, len(source.labels))
     shape = _shape(teacher.net, config.data.resolution)
-    module = objectives.find(config.objective.name)  # type: ignore[attr-defined]
-    roles = module.Objective.roles
-    student = as_flow(config, teacher) if config.model.as_flow else teacher
-    generator = _generator(config, student)
-    real_score: Backbone | None = None
-    if "real_score" in roles:
-        real_score = Guided(teacher.backbone(), config.model.guidance)
-        if config.model.as_flow:
-            real_score = Remapped(real_score, student.schedule, student.kind)
-        real_score.requires_grad_(False)
-    fake_score = student.backbone(copy.deepcopy(teacher.net)) if "fake_score" in roles else None
-    triad = Triad(generator.to(device), _on(real_score, device), _on(fake_score, device))
-    for network in (generator, real_score, fake_score):
-        if network is not None:
-            network.eval()
-    start(config, triad, previous)
-    scheduler = exportable(config, student)
-    steps = schedulers.student_steps(student.schedule, scheduler, config.model.steps, config.model.shift)
+    scheduler = exportable(config, teacher)
+    steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, config.model.shift)
     rollout = Rollout(steps, transition(config.model.transition, config.model.eta))
-    objective = module.Objective(config.objective, triad, rollout).to(device)
-    run = Run(config, device, source, teacher, rollout, triad, objective, {}, scheduler, shape)
-    run.players = build_players(config, triad, objective)
-    return run
+    kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
+    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device)
+    start(config, triad, previous)
+    objective = kind(config.objective, triad, rollout)
+    objective.attach(torch.zeros(2, *shape, device=device), condition(source, torch.arange(2, device=device)))
+    objective.to(device)
+    players = build_players(config, triad, objective)
+    return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape)
 
 
-def as_flow(config: Config, teacher: Teacher) -> Teacher:
-    """The teacher's weights read as a flow network; a student of a VP teacher starts from them."""
-    scheduler = schedulers.flow_scheduler(config.model.shift)
-    schedule, kind = schedulers.read(scheduler)
-    return Teacher(teacher.net, schedule, kind, scheduler, teacher.null_label)
+def build_triad(
+    config: Config, teacher: Teacher, roles: tuple[str, ...], rollout: Rollout, device: torch.device
+) -> Triad:
+    """The networks of `roles`, each a copy of the teacher in evaluation mode; only real_score is frozen."""
+    if "real_score" in roles and config.model.teacher is None:
+        raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
+    networks: dict[str, Backbone] = {"generator": _generator(config, teacher, rollout)}
+    if "real_score" in roles:
+        networks["real_score"] = Guided(teacher.backbone(), config.model.guidance).requires_grad_(False)
+    if "fake_score" in roles:
+        networks["fake_score"] = teacher.backbone(copy.deepcopy(teacher.net))
+    for network in networks.values():
+        network.to(device).eval()
+    return Triad(**networks)
 
 
-def _on(network: Backbone | None, device: torch.device) -> Backbone | None:
-    return None if network is None else network.to(device)
-
-
-def exportable(config: Config, student: Teacher) -> Any | None:
+def exportable(config: Config, teacher: Teacher) -> Any | None:
     """The student's scheduler, or None where stock diffusers has no route (said again by `export`)."""
     model = config.model
     try:
-        return schedulers.student_scheduler(
-            student.scheduler, student.kind, model.transition, model.steps, model.shift
-        )
+        return schedulers.student_scheduler(teacher.scheduler, teacher.kind, model.transition, model.steps, model.shift)
     except UserError:
         return None
 
@@ -230,7 +226,9 @@ def load_weights(network: nn.Module, state: dict[str, torch.Tensor], what: str) 
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{what}: its weights are not those of this network ({str(error).splitlines()[1].strip()})") from None
+        raise UserError(
+            f"{what}: its weights are not those of this network ({str(error).splitlines()[1].strip()})"
+        ) from None
 
 
 def latest(run: Path) -> Path:

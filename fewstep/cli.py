@@ -28,15 +28,26 @@ def train(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="fewstep", description="Turns a diffusion or flow model into a few-step generator.")
+    top = argparse.ArgumentParser(
+        prog="fewstep", description="Turns a diffusion or flow model into a few-step generator."
+    )
     commands = top.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("train", help="train from a config, with key=value overrides")
     one.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
     one.add_argument("overrides", nargs="*", help="key=value, such as model.steps=4")
     one.add_argument("--out", default="runs", help="where the run folder goes")
-    one.add_argument("--resume", nargs="?", const="", default=None, metavar="RUN", help="a run or checkpoint; alone: the newest run")
-    one.add_argument("--dry-run", action="store_true", help="print players, parameters, memory and first shapes, then stop")
+    one.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="RUN",
+        help="a run or checkpoint; alone: the newest run",
+    )
+    one.add_argument(
+        "--dry-run", action="store_true", help="print players, parameters, memory and first shapes, then stop"
+    )
     one.set_defaults(call=train)
     return top
 

@@ -56,8 +56,6 @@ class ModelConfig:
     """share of fresh noise of cps and gamma"""
     shift: float = 1.0
     """moves the student's times towards noise (> 1), flow models only"""
-    as_flow: bool = False
-    """train the student on flow time with flow prediction, whatever process its teacher has"""
     experts: int = 1
     """networks of the generator, one for each phase of phased_dmd; 1 = one shared network"""
 

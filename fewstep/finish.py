@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import json
+
+import torch
+
+from fewstep import build, measure, report
 from fewstep.build import Run
+from fewstep.config import Config
+from fewstep.core.errors import UserError
+from fewstep.export import export
+from fewstep.train.checkpoint import write_text
 from fewstep.train.rundir import RunDir
 
 
 def finish(run: Run, folder: RunDir) -> None:
-    print(f"done: {folder.root}")
+    """Measures, exports and reports; says where everything lies."""
+    if run.config.evals.samples:
+        table = measure.table(run, run.config.evals.samples)
+        write_text(folder.root / "table.json", json.dumps(table, indent=1))
+        print(report.as_text(table))
+    if run.config.model.teacher is not None:
+        measure.save_comparison(run, folder.root / "comparison.png")
+    if run.config.save.export:
+        try:
+            print(f"diffusers pipeline: {export(run, folder.export)}")
+        except UserError as refusal:
+            print(f"not exported: {refusal}")
+    print(f"report: {report.write_report(folder)}")
+
+
+def dry_run(configs: list[Config]) -> None:
+    """Prints players, parameters, their memory and the first shapes of every stage, without allocating a weight."""
+    for i, config in enumerate(configs):
+        with torch.device("meta"):
+            lines = build.describe(config)
+        print(f"stage {i + 1} of {len(configs)}: {config.name}, {config.steps} steps")
+        print("\n".join(lines))

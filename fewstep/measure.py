@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from fewstep.build import Run
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
+from fewstep.data.scenes import ATTRIBUTES, LABELS, law
+from fewstep.data.source import SceneSource, Source
+from fewstep.evals.attributes import label_accuracy, law_distance, rare_kept
+from fewstep.evals.diversity import same_label_diversity
+from fewstep.evals.frechet import Statistics, frechet_distance
 from fewstep.evals.grid import save_grid
+from fewstep.evals.neighbours import neighbours
+from fewstep.evals.reader import Reader, load_reader
+from fewstep.models import schedulers
 from fewstep.models.backbone import Backbone, Guided
-from fewstep.rollout import Rollout
+from fewstep.models.loading import locate
+from fewstep.rollout import Rollout, transition
+from fewstep.train.checkpoint import sha256
 
 GRID_SEED = 20_000
+SAMPLE_SEED = 30_000
+TRUTH_SEED = 40_000
+TRUTH_SAMPLES = 10_000
+TEACHER_STEPS = 50
+COLUMNS = (
+    "frechet",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "label_accuracy",
+    "law_distance",
+    "rare_kept",
+    "diversity",
+    "passes",
+    "images_per_second",
+    "samples",
+)
 
 
 def labels_of(run: Run, count: int) -> Tensor:
@@ -24,28 +59,173 @@ def labels_of(run: Run, count: int) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    net: Backbone, rollout: Rollout, labels: Tensor, shape: tuple[int, ...], seed: int, batch: int = 250
+    net: Backbone,
+    rollout: Rollout,
+    labels: Tensor | None,
+    count: int,
+    shape: tuple[int, ...],
+    seed: int,
+    batch: int = 250,
+    progress: bool = False,
 ) -> Tensor:
-    """Images (N, *S), clamped to [-1, 1], one for each of `labels` (N,); image i depends on (seed, i) alone."""
+    """Images (N, *S), clamped to [-1, 1]; image i depends on (seed, i) and its label alone."""
     device = next(net.parameters()).device
     images = []
-    for rows in torch.arange(len(labels)).split(batch):
+    for rows in tqdm(torch.arange(count).split(batch), desc="images", unit="batch", disable=not progress, leave=False):
         draw = Draw(seed, 0, rows.to(device))
-        cond = Condition({"class_labels": labels[rows].to(device)})
+        cond = Condition() if labels is None else Condition({"class_labels": labels[rows].to(device)})
         images.append(rollout(net, draw.normal("noise", shape), cond, draw).x0.clamp(-1, 1).cpu())
     return torch.cat(images)
 
 
 def student(run: Run) -> tuple[Backbone, Rollout]:
-    """The generator to look at and its rollout; one that `diffusion` trains is guided as a teacher is."""
+    """The generator to look at and its rollout; a network trained from nothing is guided as the teacher it is."""
     net = run.evaluated()
     if run.config.model.network is not None and run.config.model.guidance != 1:
         net = Guided(net, run.config.model.guidance)
     return net, run.rollout
 
 
+def teacher(run: Run, steps: int) -> tuple[Backbone, Rollout]:
+    """The guided teacher and a deterministic rollout of `steps` passes."""
+    scheduler = schedulers.student_scheduler(
+        run.teacher.scheduler, run.teacher.kind, "ode", steps, run.config.model.shift
+    )
+    guided = Guided(run.teacher.backbone(), run.config.model.guidance).to(run.device).eval()
+    return guided, Rollout(schedulers.steps_of(scheduler, steps), transition("ode"))
+
+
+def _conditions(run: Run, count: int) -> Tensor | None:
+    return labels_of(run, count) if run.source.labels else None
+
+
 def save_student_grid(run: Run, path: Path, count: int = 48) -> None:
     """A grid at fixed noise and labels, the same throughout the run."""
     net, rollout = student(run)
-    images = generate(net, rollout, labels_of(run, count), run.shape, GRID_SEED)
-    save_grid(images, path, columns=12)
+    save_grid(generate(net, rollout, _conditions(run, count), count, run.shape, GRID_SEED), path, columns=12)
+
+
+def save_comparison(run: Run, path: Path, columns: int = 12) -> None:
+    """Two rows from the same noise and labels for each block: the teacher at 50 steps, the student below."""
+    count = 3 * columns
+    labels = _conditions(run, count)
+    above = generate(*teacher(run, TEACHER_STEPS), labels, count, run.shape, GRID_SEED)
+    below = generate(*student(run), labels, count, run.shape, GRID_SEED)
+    rows = [part for pair in zip(above.split(columns), below.split(columns), strict=True) for part in pair]
+    passes = len(run.rollout)
+    names = [f"teacher, {TEACHER_STEPS} steps", f"student, {passes} step{'s' if passes > 1 else ''}"] * 3
+    save_grid(torch.cat(rows), path, columns=columns, scale=5, row_labels=names)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Reader features of real images: `statistics` over all of them, `features` (N, D) with `labels` (N,)."""
+
+    statistics: Statistics
+    features: Tensor
+    labels: Tensor
+    protocol: str
+
+
+@cache
+def reader() -> Reader:
+    return load_reader(locate("assets/reader"))
+
+
+def read_truth(source: Source, count: int) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N,) of `count` real images the training never sees."""
+    if isinstance(source, SceneSource):
+        source = SceneSource(source.resolution, TRUTH_SEED)
+    ids = torch.arange(count)
+    features = [reader().read(source.images(rows))[1] for rows in ids.split(500)]
+    return torch.cat(features), source.label_of(ids)
+
+
+def truth_of(source: Source) -> Truth:
+    """The stored truth of the scenes where it fits the reader, else computed now."""
+    weights = sha256(locate("assets/reader") / "reader.safetensors")
+    if isinstance(source, SceneSource):
+        stored = locate(f"assets/truth/scenes{source.resolution}.safetensors")
+        record = stored.with_suffix(".json")
+        if record.exists() and json.loads(record.read_text())["reader_sha256"] == weights:
+            state = load_file(stored)
+            count = json.loads(record.read_text())["samples"]
+            statistics = Statistics(state["mean"], state["covariance"], count)
+            return Truth(statistics, state["features"].float(), state["labels"], f"{count} true scenes")
+    features, labels = read_truth(source, TRUTH_SAMPLES)
+    return Truth(Statistics.of(features), features, labels, f"{len(features)} true images")
+
+
+def row(name: str, images: Tensor, labels: Tensor, truth: Truth, source: Source) -> dict[str, Any]:
+    """Every measure of `images` (N, 3, H, W) made for `labels` (N,). Neighbours compare N with N true images."""
+    read, features = reader().read(images)
+    count = len(images)
+    near = neighbours(truth.features[:count], features)
+    result: dict[str, Any] = {
+        "name": name,
+        "frechet": frechet_distance(Statistics.of(features), truth.statistics),
+        **asdict(near),
+        "diversity": same_label_diversity(features, labels, (truth.features[:count], truth.labels[:count])),
+        "samples": count,
+    }
+    if source.labels == LABELS:
+        rare = rare_kept(read, ATTRIBUTES, law())
+        result |= {
+            "label_accuracy": label_accuracy(read, labels, ATTRIBUTES),
+            "law_distance": law_distance(read, ATTRIBUTES, law()),
+            "rare_kept": f"{sum(not r.lost for r in rare)} / {len(rare)}",
+            "rare": [asdict(r) for r in rare],
+        }
+    return result
+
+
+def measure(name: str, run: Run, net: Backbone, rollout: Rollout, truth: Truth, count: int) -> dict[str, Any]:
+    """Generates `count` images at the fixed seed and measures them; passes count both halves of guidance."""
+    labels = labels_of(run, count)
+    began = time.perf_counter()
+    images = generate(net, rollout, _conditions(run, count), count, run.shape, SAMPLE_SEED, progress=True)
+    seconds = time.perf_counter() - began
+    guided = isinstance(net, Guided) and net.scale != 1
+    measured = row(name, images, labels, truth, run.source)
+    return measured | {"passes": len(rollout) * (2 if guided else 1), "images_per_second": round(count / seconds, 2)}
+
+
+def stored_row(run: Run, count: int) -> dict[str, Any] | None:
+    """The 50-step row that lies beside the teacher, when it was measured by this protocol on these weights."""
+    folder = locate(str(run.config.model.teacher))
+    record = folder / "evals.json"
+    if not record.is_file():
+        return None
+    stored = json.loads(record.read_text())
+    fits = stored["guidance"] == run.config.model.guidance and stored["weights_sha256"] == weights_sha256(folder)
+    source = stored["resolution"] == run.config.data.resolution and run.config.data.source == "scenes"
+    return stored["rows"].get(str(count)) if fits and source else None
+
+
+def weights_sha256(folder: Path) -> str:
+    """The hash of the denoiser's weights in a pipeline folder."""
+    return sha256(next(folder.glob("*/diffusion_pytorch_model*.safetensors")))
+
+
+def protocol(run: Run, truth: Truth, count: int) -> str:
+    return (
+        f"{count} images at seed {SAMPLE_SEED}, labels in turn, against {truth.protocol} (seed {TRUTH_SEED}); features of "
+        f"assets/reader; precision, recall, density, coverage with k = 5 on {min(count, len(truth.features))} each; "
+        f"teacher guidance {run.config.model.guidance:g}, deterministic sampler"
+    )
+
+
+def table(run: Run, count: int) -> dict[str, Any]:
+    """Teacher at 50 steps, teacher at the student's step count, student; the format of table.json."""
+    truth = truth_of(run.source)
+    steps = len(run.rollout)
+    rows = []
+    if run.config.model.teacher is not None:
+        name = f"teacher, {TEACHER_STEPS} steps"
+        many = stored_row(run, count) or measure(name, run, *teacher(run, TEACHER_STEPS), truth, count)
+        rows.append({**many, "name": name})
+        if run.config.evals.baseline:
+            name = f"teacher, {steps} step{'s' if steps > 1 else ''}"
+            rows.append(measure(name, run, *teacher(run, steps), truth, count))
+    rows.append(measure(f"student, {steps} step{'s' if steps > 1 else ''}", run, *student(run), truth, count))
+    return {"protocol": protocol(run, truth, count), "columns": list(COLUMNS), "rows": rows}

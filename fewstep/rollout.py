@@ -117,27 +117,24 @@ class Rollout:
         draw: Draw,
         *,
         exit: int | None = None,
-        stop: Literal["clean", "next"] = "clean",
+        stop: float = 0.0,
         grad: int = 0,
         purpose: str = "rollout",
     ) -> Sample:
         """Rolls out through step `exit` (default: the last) and returns its Sample.
 
-        `noise` (B, *S) is unit normal. `stop`: hand on x0, or the state at the next step's level. `grad`: how many
-        of the last steps carry a gradient; the others run without. Fresh noise comes from `draw`.
+        `noise` (B, *S) is unit normal. `stop` is the level the last step hands its state on at; 0 hands on x0.
+        `grad`: how many of the last steps carry a gradient; the others run without. Fresh noise comes from `draw`.
         """
         last = len(self.steps) - 1 if exit is None else exit
         rows = noise.new_ones(len(noise), dtype=torch.float32)
         x = noise * net.schedule.prior_std
         for i in range(last + 1):
-            here, after = self.steps[i], self.level_after(i)
+            here, after = self.steps[i], self.level_after(i) if i < last else stop
             with nullcontext() if last - i < grad else torch.no_grad():
                 to = after * rows if self.two_times else None
                 prediction = net(x, here.told * rows, cond, to=to).at(here.level * rows)
-                x_t, s = x, after * rows
-                if i < last or (stop == "next" and after > 0):
+                x0, x_t, s = prediction.x0, x, after * rows
+                if after > 0:
                     x = self.step(prediction, s, lambda i=i: draw.normal(f"{purpose}.{i}", noise.shape[1:]))
-        x0 = prediction.x0 if last < grad or grad else prediction.x0.detach()
-        if stop == "clean" or after == 0:
-            x, s = x0, torch.zeros_like(rows)
-        return Sample(x, s, x0, x_t, here.level * rows, last)
+        return Sample(x if stop > 0 else x0, s, x0, x_t, here.level * rows, last)

@@ -64,7 +64,9 @@ class Training:
         seconds = round(time.perf_counter() - self.started, 3)
         moves = {f"{name}/moves": player.moves for name, player in self.run.players.items()}
         rates = {f"{name}/lr": player.learning_rate() for name, player in self.run.players.items()}
-        self.folder.append("log.jsonl", {"step": done, "seconds": seconds, "images": self.images, **moves, **rates, **logs})
+        self.folder.append(
+            "log.jsonl", {"step": done, "seconds": seconds, "images": self.images, **moves, **rates, **logs}
+        )
         self.bar.update()
         self.bar.set_postfix({k.split("/")[-1]: f"{logs[k]:.3g}" for k in _SHOWN if k in logs}, refresh=False)
         if config.evals.every and (done % config.evals.every == 0 or done == config.steps):
@@ -142,8 +144,6 @@ def play(configs: list[Config], root: Path, resume: Path | None, finish: Callabl
         run = play_stage(config, place, previous, here)
         previous = place
     finish(run, RunDir(place))
-
-
 
 
 def resume_point(where: Path, name: str) -> tuple[Path, Path]:

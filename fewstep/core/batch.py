@@ -36,7 +36,10 @@ class Condition:
         return Condition(inputs, {k: torch.cat([v, second.dials[k]]) for k, v in first.dials.items()})
 
     def to(self, device: torch.device | str) -> Condition:
-        return Condition({k: v.to(device) for k, v in self.inputs.items()}, {k: v.to(device) for k, v in self.dials.items()})
+        return Condition(
+            {k: v.to(device) for k, v in self.inputs.items()},
+            {k: v.to(device) for k, v in self.dials.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,7 @@ class FolderSource(Source):
             labels.append(classes.index(file.relative_to(root).parts[0]) if classes else 0)
         if not kept:
             found = (
-                f"{len(files)} files there, none of them readable"
-                if files
-                else f"no {', '.join(SUFFIXES)} file there"
+                f"{len(files)} files there, none of them readable" if files else f"no {', '.join(SUFFIXES)} file there"
             )
             raise UserError(f"the image folder {folder} is of no use: {found}")
         self._images, self._labels = torch.stack(kept), torch.tensor(labels)

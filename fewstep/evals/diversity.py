@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def same_label_diversity(
-    features: Tensor, labels: Tensor, truth: tuple[Tensor, Tensor] | None = None
-) -> float:
+def same_label_diversity(features: Tensor, labels: Tensor, truth: tuple[Tensor, Tensor] | None = None) -> float:
     """Mean distance of two samples of one label, every label of equal weight.
 
     `features` (N,D), `labels` (N,) int64. `truth` holds the features and labels of true samples; given it,

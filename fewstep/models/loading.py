@@ -15,6 +15,7 @@ from fewstep.core.errors import UserError
 from fewstep.models.diffusers import FAMILIES
 
 DENOISERS = ("unet", "transformer")
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Loaded:
 
     net: nn.Module
     scheduler: Any | None
+
+
+def locate(source: str) -> Path:
+    """`source` as a path from here, or else from the root of the repository, where the built-in assets lie."""
+    return Path(source) if Path(source).exists() or not (_ROOT / source).exists() else _ROOT / source
 
 
 def _class(name: str) -> Any:
@@ -51,7 +57,7 @@ def load(source: str, revision: str | None = None) -> Loaded:
 
     Raises UserError where nothing is found or the class has no row in the table of families.
     """
-    folder = Path(source)
+    folder = locate(source)
     if (folder / "model_index.json").is_file():
         index = _read_json(folder / "model_index.json")
         return _from_pipeline(str(folder), index, {})

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 
-class Stopped(Exception):  # noqa: N818 - a signal, not an error
+class Stopped(Exception):
     """Raised by the hook of the last tapped block; exact under autograd, checkpointing, compile and FSDP2."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fewstep.core.batch import Batch
+from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
 from fewstep.core.times import Times
 from fewstep.models.backbone import Backbone
@@ -48,23 +48,32 @@ class Triad:
     fake_score: Backbone | None = None
 
 
-Turns = Iterator[Any]  # yields Turn, or Share whose answer is sent back
+Turns = Generator[Turn | Share, Any, None]  # a Share is answered with its mean
+Logs = dict[str, Tensor]
 
 
 class Objective(nn.Module):
     """A method. Subclasses are called `Objective`, one a file, beside a dataclass called `Config`.
 
-    `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses
-    (x0, pair). Own modules and buffers are saved with the run; `learns` says which player each joins.
+    `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses (x0, pair).
+    Own modules and buffers are saved with the run; `learns` says which player each joins.
     """
 
     roles: ClassVar[tuple[str, ...]] = ("generator",)
-    reads: ClassVar[tuple[str, ...]] = ()
+    reads: tuple[str, ...] = ()
 
     def __init__(self, config: Any, triad: Triad, rollout: Rollout):
         super().__init__()
         self.config, self.triad, self.rollout = config, triad, rollout
         self.targets: dict[str, Backbone] = {}
+
+    @classmethod
+    def needs(cls, config: Any) -> tuple[str, ...]:
+        """The roles this objective uses under `config`."""
+        return cls.roles
+
+    def attach(self, x: Tensor, cond: Condition) -> None:
+        """Makes modules whose sizes depend on the features of inputs such as x (B, *S); called once."""
 
     def learns(self) -> dict[str, list[nn.Module]]:
         """Player -> modules of this objective that move with it, beside the network of that name."""
@@ -74,42 +83,29 @@ class Objective(nn.Module):
         """Name -> decay of the target networks that trail the generator; they are found in `self.targets`."""
         return {}
 
-    def cycle(self) -> int:
-        """Steps after which the pattern of turns repeats, and in which the generator moves once."""
-        return 1
-
-    def turns(self, batch: Batch, step: int) -> Turns:
-        raise NotImplementedError
-
-    def draw_time(self, batch: Batch, purpose: str, times: Times, above: Tensor | None = None) -> Tensor:
-        """t (B,) of the generator's process."""
-        return times(batch.draw.uniform(purpose), self.triad.generator.schedule, above)
-
-
-class SampledObjective(Objective):
-    """Samples once; `generator_loss(sample)` on the generator's turn, then `critic_loss` on the detached sample.
-
-    The default `turns` of everything that can be summed (objective `sum`).
-    """
-
     def generates(self, step: int) -> bool:
         """Whether the generator moves at this step."""
         return True
 
     def criticises(self, step: int) -> bool:
         """Whether the critic moves at this step."""
-        return True
+        return "fake_score" in self.needs(self.config)
 
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
+        """What both turns of a step look at."""
         return self.rollout(self.triad.generator, batch.noise, batch.cond, batch.draw, grad=int(grad))
 
-    def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         raise NotImplementedError
 
-    def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         raise NotImplementedError
 
     def turns(self, batch: Batch, step: int) -> Turns:
+        """Samples once; the generator's turn, then the critic's on the same sample, detached.
+
+        An objective that overrides this cannot be a term of `sum`.
+        """
         sample = self.sample(batch, step, grad=self.generates(step))
         if self.generates(step):
             loss, logs = self.generator_loss(batch, sample, step)
@@ -117,6 +113,10 @@ class SampledObjective(Objective):
         if self.criticises(step):
             loss, logs = self.critic_loss(batch, sample.detach(), step)
             yield Turn("fake_score", loss, logs)
+
+    def draw_time(self, batch: Batch, purpose: str, times: Times, above: Tensor | None = None) -> Tensor:
+        """t (B,) of the generator's process."""
+        return times(batch.draw.uniform(purpose), self.triad.generator.schedule, above)
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ def available(folder: Path) -> list[Path]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are whole. Raises Damaged, naming the file and the one to use instead."""
+    """The manifest of a checkpoint whose files are whole. Raises Damaged, naming the file and the one before."""
     earlier = [p for p in available(path.parent) if p.name < path.name]
     instead = f"resume from the one before with --resume {earlier[-1]}" if earlier else "there is none before it"
     try:

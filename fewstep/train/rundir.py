@@ -34,7 +34,9 @@ class RunDir:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise UserError(f"the run folder {self.root} cannot be written ({error.strerror}): choose another with --out") from None
+            raise UserError(
+                f"the run folder {self.root} cannot be written ({error.strerror}): choose another with --out"
+            ) from None
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Adds one JSON line to `name`."""

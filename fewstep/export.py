@@ -1,0 +1,278 @@
+"""A run becomes a folder that plain diffusers loads, with the right times inside; and a run folder a run again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fewstep import build as building
+from fewstep import config as configs
+from fewstep.build import Run
+from fewstep.config import Config
+from fewstep.core.batch import Condition
+from fewstep.core.errors import UserError
+from fewstep.models import schedulers
+from fewstep.models.backbone import Routed
+from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.train import checkpoint
+
+CARD = "README.md"
+# Far above rounding (1e-6 for eight steps), far below what a wrong time costs (1e-2 and more).
+_TOLERANCE = 1e-3
+
+
+def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: str | None = None) -> Path:
+    """Writes the evaluated generator as a diffusers pipeline in `folder`, which appears whole or not at all.
+
+    The folder is re-opened and walked beside the run's own rollout before it gets its name; an earlier export
+    there is replaced. `licence` is an identifier for the model card; default: the teacher's, where its card is at
+    hand. Raises UserError for a run without a route in stock diffusers and for a place that cannot be written.
+    """
+    backbone, scheduler = _exportable(run), _scheduler(run)
+    net = _stock(backbone.net, run.shape[-1], dtype)
+    folder = Path(folder).absolute()
+    aside = folder.with_name(f".{folder.name}.partial")
+    _refuse_foreign(folder)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        diffusers.ConsistencyModelPipeline(unet=net, scheduler=scheduler).save_pretrained(aside)
+        _check(run, backbone, net, aside)
+        (aside / CARD).write_text(card(run, dtype, licence))
+        _replace(aside, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"the export to {folder} could not be written ({reason}): make room or choose another place"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _exportable(run: Run) -> DiffusersBackbone:
+    """The generator, if stock diffusers has a pipeline for its network. Raises UserError with the reason."""
+    backbone = run.evaluated()
+    if isinstance(backbone, Routed):
+        raise UserError(
+            f"a generator of {len(backbone.experts)} experts has no stock diffusers pipeline: train with "
+            "model.experts=1 to export, or sample with fewstep"
+        )
+    if not isinstance(backbone, DiffusersBackbone):
+        raise UserError(f"a {type(backbone).__name__} has no stock diffusers pipeline: sample with fewstep")
+    if backbone.dials or run.rollout.two_times:
+        told = ", ".join(backbone.dials) or "to"
+        raise UserError(
+            f"this network is told more than the time ({told}), for which stock diffusers has no input: "
+            "sample with fewstep"
+        )
+    if not isinstance(backbone.net, diffusers.UNet2DModel):
+        raise UserError(
+            f"no stock diffusers pipeline runs a {type(backbone.net).__name__} on pixels (DiTPipeline needs a VAE): "
+            "use a UNet2DModel to export, or sample with fewstep"
+        )
+    return backbone
+
+
+def _scheduler(run: Run) -> Any:
+    """The scheduler the run's rollout took its times from. Raises UserError with the reason if there is none."""
+    if run.scheduler is not None:
+        return run.scheduler
+    model, teacher = run.config.model, run.teacher
+    return schedulers.student_scheduler(teacher.scheduler, teacher.kind, model.transition, model.steps, model.shift)
+
+
+def _stock(net: nn.Module, resolution: int, dtype: torch.dtype) -> nn.Module:
+    """A copy of `net` on the CPU in `dtype`, knowing its image size, which the pipeline asks for."""
+    # diffusers' own `to` warns about modules to keep in float32, even where there are none.
+    net = nn.Module.to(copy.deepcopy(net).cpu().eval().requires_grad_(False), dtype)
+    if not all(weight.isfinite().all() for weight in net.state_dict().values()):
+        raise UserError(f"the weights are not finite in {dtype}: export in torch.float32, or an earlier checkpoint")
+    if net.config.sample_size is None:
+        net.register_to_config(sample_size=resolution)
+    return net
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there and is no earlier export: choose a new or an empty folder")
+
+
+def _replace(aside: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class SameNoise:
+    """Stands in for Draw where a pipeline's noise is wanted: `count` rows a draw from one torch generator."""
+
+    def __init__(self, seed: int, count: int):
+        self.generator, self.count = torch.Generator().manual_seed(seed), count
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(self.count, *shape, generator=self.generator)
+
+
+@torch.no_grad()
+def _check(run: Run, backbone: DiffusersBackbone, net: nn.Module, folder: Path) -> None:
+    """Re-opens `folder` and walks it beside the run's rollout. Raises OSError or UserError if they differ."""
+    unet = type(net).from_pretrained(folder / "unet")
+    meant = net.state_dict()
+    if any(not torch.equal(value, meant[name].to(value.dtype)) for name, value in unet.state_dict().items()):
+        raise OSError("its weights are not those that were written")
+    scheduler = type(_scheduler(run)).from_pretrained(folder / "scheduler")
+    pipeline = diffusers.ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    labelled, states = unet.config.num_class_embeds is not None, []
+    pipeline(
+        class_labels=[0] if labelled else None,
+        num_inference_steps=len(run.rollout),
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+        callback=lambda i, t, x: states.append(x),
+    )
+    noise = SameNoise(0, 1)
+    cond = Condition({"class_labels": torch.zeros(1, dtype=torch.long)} if labelled else {})
+    plain = DiffusersBackbone(unet, backbone.schedule, backbone.kind)
+    ours = run.rollout(plain, noise.normal("", run.shape), cond, noise).x0  # type: ignore[arg-type]
+    apart = ((states[-1] - ours).abs().max() / ours.abs().max().clamp(min=1)).item()
+    if not apart < _TOLERANCE:
+        raise UserError(
+            f"{type(scheduler).__name__} does not walk these {len(run.rollout)} steps as the run does (relative "
+            f"difference {apart:.1e}), so nothing was exported: use fewer steps or another model.transition"
+        )
+
+
+def card(run: Run, dtype: torch.dtype, licence: str | None = None) -> str:
+    """The model card: YAML header, what this is, how to sample it with diffusers alone."""
+    model = run.config.model
+    header = ModelCardData(
+        library_name="diffusers",
+        license=licence or _licence(model.teacher, model.revision),
+        base_model=_teacher_name(model.teacher),
+        pipeline_tag="unconditional-image-generation",
+        tags=["fewstep", *(["few-step", "distillation"] if model.teacher else [])],
+        num_inference_steps=len(run.rollout),
+        id2label=dict(enumerate(run.source.labels)) or None,
+        null_label=run.teacher.null_label,
+    )
+    rows = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(run, dtype).items())])
+    return f"---\n{header.to_yaml()}\n---\n\n# {run.config.name}\n\n{rows}\n\n{_how(run)}\n"
+
+
+def _facts(run: Run, dtype: torch.dtype) -> dict[str, str]:
+    config, model, player = run.config, run.config.model, run.players["generator"]
+    steps, side = len(run.rollout), run.shape[-1]
+    kept = "EMA of the weights" if "ema" in player.followers else "last weights"
+    method = f"`{config.objective.name}` with fewstep"  # type: ignore[attr-defined]
+    facts = {"teacher": f"`{_teacher_name(model.teacher)}`" if model.teacher else "none: trained from data"}
+    facts["method"] = f"{method}, {player.moves} optimizer steps, {kept}, stored in {str(dtype).split('.')[-1]}"
+    facts["images"] = f"{side} x {side} pixels, trained on `{Path(config.data.source).name}`"
+    facts["steps"] = f"{steps} network pass{'es' if steps > 1 else ''}"
+    if steps > 1:
+        facts["transition"] = f"`{model.transition}`"
+    if model.teacher:
+        facts["guidance"] = f"{model.guidance:g}, the teacher's; the student has it inside and needs one pass a step"
+    else:
+        facts["guidance"] = "none in the plain pipeline"
+    return facts
+
+
+def _how(run: Run) -> str:
+    steps, labels, null = len(run.rollout), run.source.labels, run.teacher.null_label
+    count = min(4, len(labels)) or 4
+    asked = f"    class_labels={list(range(count))},  # one for each image\n" if labels else ""
+    code = (
+        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        'pipeline = DiffusionPipeline.from_pretrained(".")  # this folder\n'
+        f"images = pipeline(\n    batch_size={count},\n{asked}    num_inference_steps={steps},\n"
+        "    generator=torch.Generator().manual_seed(0),\n).images\n"
+    )
+    notes = [f"`num_inference_steps={steps}` is needed: the pipeline's own default is 1."] if steps > 1 else []
+    if labels:
+        meaning = "" if null is None else f', class {null} included, which means "no class"'
+        notes.append(f"Without `class_labels` the pipeline draws labels at random{meaning}; no generator seeds them.")
+        notes.append("Labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)) + ".")
+    return f"## Sampling\n\n```python\n{code}```\n\n" + "\n\n".join(notes)
+
+
+def _teacher_name(teacher: str | None) -> str | None:
+    """A hub id as it is; of a folder only its name, since where it lies says nothing to others."""
+    return Path(teacher).resolve().name if teacher and Path(teacher).exists() else teacher
+
+
+def _licence(teacher: str | None, revision: str | None) -> str:
+    """The licence in the teacher's model card, or `unknown`; nothing is downloaded."""
+    found: Any = Path(teacher) / CARD if teacher and Path(teacher).exists() else None
+    if teacher and found is None and teacher.count("/") == 1:
+        found = try_to_load_from_cache(teacher, CARD, revision=revision)
+    header = read_card(Path(found)) if isinstance(found, (str, Path)) else {}
+    return str(header.get("license") or "unknown")
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty when there is none that can be read."""
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:
+        return {}
+
+
+def load_run(folder: Path, step: int | None = None) -> Run:
+    """The run of a run folder with the generator of its newest checkpoint, or of `step`: to sample or export.
+
+    Of a run of stages the last one with a checkpoint is meant. The checkpoint is verified before anything is
+    built. Raises UserError for an absent folder, no checkpoint, no such step, and Damaged for a damaged checkpoint.
+    """
+    place = _stage(Path(folder))
+    path = _checkpoint(place, step)
+    manifest = checkpoint.verify(path)
+    weights = checkpoint.read_network(path, "generator", None)
+    (config,) = configs.load(place / "config.yaml")
+    run = building.build(_for_use(config))
+    player = run.players["generator"]
+    building.load_weights(run.triad.generator, weights, str(path))
+    if "ema" in player.followers:
+        averaged = checkpoint.read_network(path, "generator", "ema")
+        building.load_weights(player.followers["ema"].module, averaged, str(path))
+    for name, other in run.players.items():
+        other.moves = manifest["moves"].get(name, 0)
+    return run
+
+
+def _for_use(config: Config) -> Config:
+    """The config without what only training needs: where weights started, and a GPU that may not be here."""
+    return dataclasses.replace(config, start={}, device="auto" if config.device == "cuda" else config.device)
+
+
+def _stage(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}: give one that `fewstep train` has made")
+    stages = sorted(folder.glob("stage_*"), key=lambda p: int(p.name.removeprefix("stage_") or 0))
+    saved = [stage for stage in stages if checkpoint.available(stage / "checkpoints")]
+    place = saved[-1] if saved else folder
+    if not (place / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run folder, it has no config.yaml: give one that `fewstep train` has made")
+    return place
+
+
+def _checkpoint(place: Path, step: int | None) -> Path:
+    if step is None:
+        return building.latest(place)
+    found = {int(path.name): path for path in checkpoint.available(place / "checkpoints")}
+    if step not in found:
+        raise UserError(f"{place} has no checkpoint of step {step}: it has {', '.join(map(str, found)) or 'none'}")
+    return found[step]

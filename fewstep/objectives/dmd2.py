@@ -1,0 +1,174 @@
+"""DMD2 (Yin et al. 2024, arXiv:2405.14867): two time scales, a GAN, and simulated inputs for several steps.
+
+Generator: (F - R) / mean |x - R| and softplus(-D). Critic: denoising on the generator's samples and the
+discriminator, which reads the critic's own features.
+
+One critic pass serves two purposes wherever it can: on the generator's turn the score and the features come from
+the same noised sample, on the critic's turn the denoising loss and the fake logits do; the real images and the
+teacher's features need a stopped forward only.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core.batch import Batch, Condition
+from fewstep.core.errors import UserError
+from fewstep.core.prediction import Prediction
+from fewstep.core.schedule import add_noise
+from fewstep.core.times import Times
+from fewstep.models.backbone import Backbone, frozen
+from fewstep.models.head import Heads
+from fewstep.objectives import base
+from fewstep.objectives.base import Logs
+from fewstep.objectives.pieces import gan
+from fewstep.objectives.pieces.score_gap import (
+    Weight,
+    denoising_loss,
+    direction,
+    noised,
+    signals,
+    surrogate,
+)
+from fewstep.rollout import Sample
+
+
+@dataclass
+class Config:
+    name: str = "dmd2"
+    weight: Weight = "abs_mean"
+    """of the score gap: abs_mean | snr | none"""
+    times: Times = field(default_factory=lambda: Times(low=0.02, high=0.98))
+    """times at which the scores are compared"""
+    critic_times: Times = field(default_factory=Times)
+    """times at which critic and discriminator are trained"""
+    ratio: int = 5
+    """steps for each generator move; the critic moves at every step"""
+    critic_on_generator_step: bool = True
+    """False: the critic rests when the generator moves, so it moves ratio - 1 times (FastGen)"""
+    backward_simulation: bool = True
+    """start later steps from the student's own samples; False: from noised real images"""
+    gan_weight: float = 3e-3
+    """of softplus(-D) in the generator's loss; 0 = no GAN and no data"""
+    gan_critic_weight: float = 1e-2
+    """of the discriminator in the critic's loss"""
+    gan_features: Literal["fake", "teacher"] = "fake"
+    """whose features the discriminator reads"""
+    gan_taps: list[str] = field(default_factory=list)
+    """blocks that are read; default: the family's middle block"""
+
+    def __post_init__(self) -> None:
+        if self.ratio < 1:
+            raise UserError(f"objective.ratio is at least 1, but {self.ratio} was given")
+        if self.ratio == 1 and not self.critic_on_generator_step:
+            raise UserError("objective.critic_on_generator_step=false needs a ratio above 1: the critic never moved")
+        if self.gan_weight < 0 or self.gan_critic_weight < 0:
+            raise UserError("objective.gan_weight and gan_critic_weight are at least 0")
+
+
+class Objective(base.Objective):
+    roles = ("generator", "real_score", "fake_score")
+
+    def __init__(self, config, triad, rollout):
+        super().__init__(config, triad, rollout)
+        self.reads = ("x0",) if config.gan_weight or not config.backward_simulation else ()
+        self.heads: Heads | None = None
+        if config.gan_weight:
+            self.taps = tuple(config.gan_taps) or (self.watched.tap,)
+
+    @property
+    def watched(self) -> Backbone:
+        """The network whose features the discriminator reads."""
+        return self.triad.fake_score if self.config.gan_features == "fake" else self.triad.real_score.inner
+
+    def attach(self, x: Tensor, cond: Condition) -> None:
+        """Makes the heads that fit the features of inputs such as x (B, *S)."""
+        if self.config.gan_weight:
+            with torch.no_grad():
+                prediction = self.watched(x, x.new_full((len(x),), 0.5), cond, taps=self.taps, stop=True)
+            self.heads = Heads(dict(prediction.features))
+
+    def learns(self):
+        return {"fake_score": [self.heads]} if self.heads is not None else {}
+
+    def generates(self, step: int) -> bool:
+        return step % self.config.ratio == 0
+
+    def criticises(self, step: int) -> bool:
+        return self.config.critic_on_generator_step or not self.generates(step)
+
+    def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
+        exit = batch.draw.shared_integer("dmd2.exit", len(self.rollout))
+        if self.config.backward_simulation or exit == 0:
+            return self.rollout(self.triad.generator, batch.noise, batch.cond, batch.draw, exit=exit, grad=int(grad))
+        return self.from_data(batch, exit, grad)
+
+    def from_data(self, batch: Batch, exit: int, grad: bool) -> Sample:
+        """Step `exit` on a noised real image instead of the student's own state."""
+        generator, here = self.triad.generator, self.rollout.steps[exit]
+        rows = batch.noise.new_ones(len(batch))
+        x_t = add_noise(generator.schedule, batch.x0, batch.noise, here.level * rows)
+        with nullcontext() if grad else torch.no_grad():
+            x0 = generator(x_t, here.told * rows, batch.cond).at(here.level * rows).x0
+        return Sample(x0, 0 * rows, x0, x_t, here.level * rows, exit)
+
+    def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
+        schedule, x = self.triad.generator.schedule, sample.x0.detach()
+        t = self.draw_time(batch, "dmd2.t", self.config.times)
+        x_t = noised(schedule, sample.x0, sample.s, t, batch.draw.normal("dmd2.eps", x.shape[1:]))
+        with torch.no_grad():
+            real = self.triad.real_score(x_t.detach(), t, batch.cond).x0
+        fake, logits = self.judge(x_t, t, batch.cond)
+        gradient = direction(real, fake, x, self.config.weight, schedule, sample.s, t)
+        loss, logs = surrogate(sample.x0, gradient), signals(x, real, fake)
+        if logits is not None:
+            logs["gan/generator"] = gan.generator_loss(logits)
+            loss = loss + self.config.gan_weight * logs["gan/generator"]
+        return loss, logs
+
+    def judge(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
+        """The critic's x0 (detached) and the logits of x_t, differentiable in x_t but in no weight."""
+        fake_score, heads = self.triad.fake_score, self.heads
+        if heads is None:
+            with torch.no_grad():
+                return fake_score(x_t, t, cond).x0, None
+        with frozen(self.watched), frozen(heads):
+            watched = self.watched(x_t, t, cond, taps=self.taps, stop=self.watched is not fake_score)
+            logits = heads(dict(watched.features))
+        if self.watched is fake_score:
+            return watched.x0.detach(), logits
+        with torch.no_grad():
+            return fake_score(x_t, t, cond).x0, logits
+
+    def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
+        t = self.draw_time(batch, "dmd2.critic_t", self.config.critic_times)
+        eps = batch.draw.normal("dmd2.critic_eps", sample.x0.shape[1:])
+        x_t = noised(self.triad.generator.schedule, sample.x0, sample.s, t, eps)
+        own = self.heads is not None and self.watched is self.triad.fake_score
+        prediction = self.triad.fake_score(x_t, t, batch.cond, taps=self.taps if own else ())
+        loss = denoising_loss(prediction, sample.x0, sample.s, eps)
+        if self.heads is None:
+            return loss, {}
+        fake = prediction if own else self.features(x_t, t, batch.cond)
+        adversarial, logs = self.discriminate(batch, fake)
+        return loss + self.config.gan_critic_weight * adversarial, logs
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
+        """A stopped forward; the teacher's features carry no graph."""
+        with nullcontext() if self.watched is self.triad.fake_score else torch.no_grad():
+            return self.watched(x_t, t, cond, taps=self.taps, stop=True)
+
+    def discriminate(self, batch: Batch, fake: Prediction) -> tuple[Tensor, Logs]:
+        """softplus(l_fake) + softplus(-l_real), the real images noised on their own."""
+        assert self.heads is not None and batch.x0 is not None
+        t = self.draw_time(batch, "dmd2.real_t", self.config.critic_times)
+        eps = batch.draw.normal("dmd2.real_eps", batch.x0.shape[1:])
+        real = self.features(add_noise(self.triad.generator.schedule, batch.x0, eps, t), t, batch.cond)
+        fake_logits, real_logits = self.heads(dict(fake.features)), self.heads(dict(real.features))
+        loss = gan.discriminator_loss(fake_logits, real_logits)
+        return loss, {"gan/critic": loss, "gan/accuracy": gan.accuracy(fake_logits, real_logits)}
