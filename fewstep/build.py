@@ -27,7 +27,7 @@ from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, transition
 from fewstep.train import checkpoint
-from fewstep.train.player import Follower, Player, ema_decay
+from fewstep.train.player import Follower, Player, constant_decay, ema_decay
 
 
 @dataclass
@@ -108,22 +108,22 @@ def _null_label(config: Config, backbone: DiffusersBackbone, labels: int) -> int
     return classes - 1 if classes == labels + 1 else None
 
 
-def build_teacher(config: Config, labels: int) -> Teacher:
-    """The teacher of a run, or the new network that `diffusion` trains."""
+def build_teacher(config: Config, labels: int, weights: bool = True) -> Teacher:
+    """The teacher of a run, or the new network that `diffusion` trains; without `weights` only its shape."""
     model = config.model
     if (model.teacher is None) == (model.network is None):
         raise UserError("set either model.teacher (a folder or hub id) or model.network (a new network), not both")
     if model.network is not None:
-        loaded = loading.Loaded(loading.new(model.network), None)
+        loaded = loading.Loaded(loading.new(model.network, weights), None)
     else:
-        loaded = loading.load(str(model.teacher), model.revision)
+        loaded = loading.load(str(model.teacher), model.revision, weights)
     scheduler = _scheduler(config, loaded.scheduler)
     schedule, kind = schedulers.read(scheduler)
     backbone = DiffusersBackbone(loaded.net, schedule, kind)
     null_label = _null_label(config, backbone, labels)
     if config.model.guidance != 1 and null_label is None:
         raise UserError("this teacher has no null class, so it cannot be guided: set model.guidance=1")
-    return Teacher(loaded.net.eval(), schedule, kind, scheduler, null_label)
+    return Teacher(loaded.net.float().eval(), schedule, kind, scheduler, null_label)
 
 
 def _shape(net: nn.Module, resolution: int) -> tuple[int, int, int]:
@@ -155,16 +155,21 @@ def build(config: Config, previous: Path | None = None) -> Run:
     device = pick_device(config.device)
     source = open_source(config.data.source, config.data.resolution, config.data.seed)
     torch.manual_seed(config.seed)
-    teacher = build_teacher(config, len(source.labels))
+    return assemble(config, device, source, build_teacher(config, len(source.labels)), previous)
+
+
+def assemble(config: Config, device: torch.device, source: Source, teacher: Teacher, previous: Path | None) -> Run:
+    """The run around a teacher that has been loaded, or only shaped on the meta device."""
     shape = _shape(teacher.net, config.data.resolution)
     scheduler = exportable(config, teacher)
     steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, config.model.shift)
     rollout = Rollout(steps, transition(config.model.transition, config.model.eta))
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
     triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device)
-    start(config, triad, previous)
+    if device.type != "meta":
+        start(config, triad, previous)
     objective = kind(config.objective, triad, rollout)
-    objective.attach(torch.zeros(2, *shape, device=device), condition(source, torch.arange(2, device=device)))
+    objective.attach(torch.zeros(2, *shape, device=device), condition(source, torch.arange(2)).to(device))
     objective.to(device)
     players = build_players(config, triad, objective)
     return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape)
@@ -178,11 +183,11 @@ def build_triad(
         raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
     networks: dict[str, Backbone] = {"generator": _generator(config, teacher, rollout)}
     if "real_score" in roles:
-        networks["real_score"] = Guided(teacher.backbone(), config.model.guidance).requires_grad_(False)
+        networks["real_score"] = Guided(teacher.backbone(), config.model.guidance)
     if "fake_score" in roles:
         networks["fake_score"] = teacher.backbone(copy.deepcopy(teacher.net))
-    for network in networks.values():
-        network.to(device).eval()
+    for role, network in networks.items():
+        network.to(device).eval().requires_grad_(role != "real_score")
     return Triad(**networks)
 
 
@@ -255,9 +260,8 @@ def build_players(config: Config, triad: Triad, objective: Objective) -> dict[st
             player.followers["ema"] = Follower(player.modules[0], ema_decay(player.config.ema))
         players[name] = player
     for label, decay in objective.followers().items():
-        follower = Follower(triad.generator, lambda moves, decay=decay: decay)
-        players["generator"].followers[label] = follower
-        objective.targets[label] = follower.module  # type: ignore[assignment]
+        players["generator"].followers[label] = Follower(triad.generator, constant_decay(decay))
+        objective.targets[label] = players["generator"].followers[label].module  # type: ignore[assignment]
     return players
 
 
@@ -310,3 +314,29 @@ def prepare(run: Run, root: Path) -> None:
             )
         pairs.save(file, made)
     run.pairs = pairs.load(file, config.seed)
+
+
+def describe(config: Config) -> list[str]:
+    """Players, parameters, memory and first shapes of a run as lines of text; no weight is read or allocated."""
+    source = open_source(config.data.source, config.data.resolution, config.data.seed)
+    teacher = build_teacher(config, len(source.labels), weights=False)
+    run = assemble(config, torch.device("meta"), source, teacher, None)
+    lines = [
+        f"objective {config.objective.name}, {len(run.rollout)} step(s), "  # type: ignore[attr-defined]
+        f"{type(teacher.schedule).__name__} process, {teacher.kind}"
+    ]
+    for name, player in run.players.items():
+        count = sum(p.numel() for p in player.parameters)
+        copies = 4 + len(player.followers)  # weights, gradient, two moments, and each follower
+        lines.append(
+            f"player {name}: {count:,} parameters, {copies * 4 * count / 2**20:.1f} MB with gradient and optimizer"
+        )
+    if run.triad.real_score is not None:
+        count = sum(p.numel() for p in run.triad.real_score.parameters())
+        lines.append(f"real_score: {count:,} parameters, frozen, {4 * count / 2**20:.1f} MB")
+    micro = config.batch // config.micro_batches
+    reads = ", ".join(run.objective.reads) or "nothing but noise and labels"
+    lines.append(
+        f"batch: {config.micro_batches} x noise {(micro, *run.shape)}, {len(source.labels)} labels; reads {reads}"
+    )
+    return lines

@@ -1,8 +1,12 @@
-"""The command line: fewstep train | sample | eval | export | report | config | objectives."""
+"""The command line: fewstep train | sample | eval | export | report | config | objectives.
+
+Heavy imports wait inside the commands, so that a spelling mistake is answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,22 +19,70 @@ def train(args: argparse.Namespace) -> None:
     from fewstep.train import rundir
 
     configs = config.load(args.config, args.overrides)
-    resume = None
-    if args.resume is not None:
-        root, resume = runner.resume_point(Path(args.resume) if args.resume else Path(args.out), configs[0].name)
-    else:
-        root = rundir.new(Path(args.out), configs[0].name)
     if args.dry_run:
         finish.dry_run(configs)
         return
+    resume = None
+    if args.resume is None:
+        root = rundir.new(Path(args.out), configs[0].name)
+    else:
+        root, resume = runner.resume_point(Path(args.resume or args.out), configs[0].name)
     print(f"run folder: {root}")
     runner.play(configs, root, resume, finish.finish)
 
 
+def sample(args: argparse.Namespace) -> None:
+    from fewstep import sampling
+
+    sampling.main(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from fewstep import finish
+
+    finish.evaluate(Path(args.run), args.step, args.samples)
+
+
+def export(args: argparse.Namespace) -> None:
+    import torch
+
+    from fewstep import export as exporting
+
+    run = exporting.load_run(Path(args.run), args.step)
+    folder = Path(args.to) if args.to else Path(args.run) / "export"
+    dtype = torch.float16 if args.dtype == "float16" else torch.float32
+    print(f"diffusers pipeline: {exporting.export(run, folder, dtype)}")
+
+
+def report(args: argparse.Namespace) -> None:
+    from fewstep import report as reporting
+    from fewstep.train.rundir import RunDir
+
+    if not Path(args.run).is_dir():
+        raise UserError(f"there is no run folder {args.run}")
+    print(f"report: {reporting.write_report(RunDir(Path(args.run)))}")
+
+
+def show_config(args: argparse.Namespace) -> None:
+    from fewstep import config
+
+    for i, stage in enumerate(config.load(args.config, args.overrides)):
+        print(f"{'---' if i else ''}\n{config.to_yaml(stage)}".strip())
+
+
+def objectives(args: argparse.Namespace) -> None:
+    from fewstep import config
+
+    print(config.describe_objectives(args.name))
+
+
+def _run_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", help="a run folder")
+    command.add_argument("--step", type=int, default=None, help="the checkpoint of this step; default: the newest")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="fewstep", description="Turns a diffusion or flow model into a few-step generator."
-    )
+    top = argparse.ArgumentParser(prog="fewstep", description="Makes few-step generators of diffusion and flow models.")
     commands = top.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("train", help="train from a config, with key=value overrides")
@@ -38,21 +90,47 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("overrides", nargs="*", help="key=value, such as model.steps=4")
     one.add_argument("--out", default="runs", help="where the run folder goes")
     one.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        default=None,
-        metavar="RUN",
-        help="a run or checkpoint; alone: the newest run",
+        "--resume", nargs="?", const="", metavar="RUN", help="a run folder or checkpoint; alone: the newest run"
     )
-    one.add_argument(
-        "--dry-run", action="store_true", help="print players, parameters, memory and first shapes, then stop"
-    )
+    one.add_argument("--dry-run", action="store_true", help="print players, memory and first shapes, then stop")
     one.set_defaults(call=train)
+
+    one = commands.add_parser("sample", help="draw images with a trained generator")
+    one.set_defaults(call=sample)
+    from fewstep.sampling_arguments import add_arguments
+
+    add_arguments(one)
+
+    one = commands.add_parser("eval", help="measure a trained generator beside its teacher")
+    _run_arguments(one)
+    one.add_argument("--samples", type=int, default=2000, help="images to measure")
+    one.set_defaults(call=evaluate)
+
+    one = commands.add_parser("export", help="write a plain diffusers pipeline folder")
+    _run_arguments(one)
+    one.add_argument("--to", help="the folder to write; default: <run>/export")
+    one.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    one.set_defaults(call=export)
+
+    one = commands.add_parser("report", help="write the self-contained page of a run again")
+    one.add_argument("run", help="a run folder")
+    one.set_defaults(call=report)
+
+    one = commands.add_parser("config", help="print a config with every default filled in")
+    one.add_argument("config")
+    one.add_argument("overrides", nargs="*")
+    one.set_defaults(call=show_config)
+
+    one = commands.add_parser("objectives", help="list the objectives, or the keys of one")
+    one.add_argument("name", nargs="?")
+    one.set_defaults(call=objectives)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C."""
+    # xformers prints a page when it finds another torch than it was built for; diffusers imports it unasked.
+    os.environ.setdefault("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")
     args = parser().parse_args(arguments)
     try:
         args.call(args)

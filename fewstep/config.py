@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
+import itertools
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,3 +234,35 @@ def to_yaml(config: Config) -> str:
     assert isinstance(container, dict)
     container["objective"] = OmegaConf.to_container(objective)
     return OmegaConf.to_yaml(OmegaConf.create(container))
+
+
+def describe_objectives(name: str | None) -> str:
+    """A line for each objective, or the keys of one as commented YAML."""
+    if name is None:
+        lines = [(n, (objectives.find(n).__doc__ or "").strip().splitlines()[0]) for n in objectives.names()]
+        return "\n".join(f"{n:16} {line}" for n, line in lines)
+    module = objectives.find(name)
+    default = OmegaConf.to_container(OmegaConf.structured(module.Config))
+    assert isinstance(default, dict)
+    comments = _comments(module.Config)
+    lines = [
+        f"# {comments[key]}\n{key}: {_inline(value)}" if key in comments else f"{key}: {_inline(value)}"
+        for key, value in default.items()
+    ]
+    return f"{(module.__doc__ or '').strip()}\n\n" + "\n".join(str(line) for line in lines)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _comments(schema: type) -> dict[str, str]:
+    """Field -> the string below it in the source of a config dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for field_node, comment in itertools.pairwise(body):
+        if isinstance(field_node, ast.AnnAssign) and isinstance(comment, ast.Expr):
+            found[field_node.target.id] = ast.literal_eval(comment.value)  # type: ignore[union-attr]
+    return found

@@ -23,6 +23,7 @@ from fewstep.core.errors import UserError
 from fewstep.models import schedulers
 from fewstep.models.backbone import Routed
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.loading import locate
 from fewstep.train import checkpoint
 
 CARD = "README.md"
@@ -211,13 +212,15 @@ def _how(run: Run) -> str:
 
 def _teacher_name(teacher: str | None) -> str | None:
     """A hub id as it is; of a folder only its name, since where it lies says nothing to others."""
-    return Path(teacher).resolve().name if teacher and Path(teacher).exists() else teacher
+    return locate(teacher).resolve().name if teacher and locate(teacher).exists() else teacher
 
 
 def _licence(teacher: str | None, revision: str | None) -> str:
     """The licence in the teacher's model card, or `unknown`; nothing is downloaded."""
-    found: Any = Path(teacher) / CARD if teacher and Path(teacher).exists() else None
-    if teacher and found is None and teacher.count("/") == 1:
+    if teacher is None:
+        return "unknown"
+    found: Any = locate(teacher) / CARD
+    if not locate(teacher).exists() and teacher.count("/") == 1:
         found = try_to_load_from_cache(teacher, CARD, revision=revision)
     header = read_card(Path(found)) if isinstance(found, (str, Path)) else {}
     return str(header.get("license") or "unknown")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-import torch
-
-from fewstep import build, measure, report
+from fewstep import build, measure
 from fewstep.build import Run
 from fewstep.config import Config
 from fewstep.core.errors import UserError
-from fewstep.export import export
+from fewstep.export import export, load_run
 from fewstep.train.checkpoint import write_text
 from fewstep.train.rundir import RunDir
 
 
 def finish(run: Run, folder: RunDir) -> None:
     """Measures, exports and reports; says where everything lies."""
+    from fewstep import report  # matplotlib, which nothing else needs
+
     if run.config.evals.samples:
         table = measure.table(run, run.config.evals.samples)
         write_text(folder.root / "table.json", json.dumps(table, indent=1))
@@ -34,7 +35,16 @@ def finish(run: Run, folder: RunDir) -> None:
 def dry_run(configs: list[Config]) -> None:
     """Prints players, parameters, their memory and the first shapes of every stage, without allocating a weight."""
     for i, config in enumerate(configs):
-        with torch.device("meta"):
-            lines = build.describe(config)
         print(f"stage {i + 1} of {len(configs)}: {config.name}, {config.steps} steps")
-        print("\n".join(lines))
+        print("\n".join(build.describe(config)))
+
+
+def evaluate(folder: Path, step: int | None, samples: int) -> None:
+    """Measures the generator of a run folder again and writes its table and page anew."""
+    from fewstep import report
+
+    run = load_run(folder, step)
+    table = measure.table(run, samples)
+    write_text(folder / "table.json", json.dumps(table, indent=1))
+    print(report.as_text(table))
+    print(f"report: {report.write_report(RunDir(folder))}")

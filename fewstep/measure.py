@@ -209,8 +209,8 @@ def weights_sha256(folder: Path) -> str:
 
 def protocol(run: Run, truth: Truth, count: int) -> str:
     return (
-        f"{count} images at seed {SAMPLE_SEED}, labels in turn, against {truth.protocol} (seed {TRUTH_SEED}); features of "
-        f"assets/reader; precision, recall, density, coverage with k = 5 on {min(count, len(truth.features))} each; "
+        f"{count} images at seed {SAMPLE_SEED}, labels in turn, against {truth.protocol} (seed {TRUTH_SEED}); "
+        f"features of assets/reader; precision to coverage with k = 5 on {min(count, len(truth.features))} each; "
         f"teacher guidance {run.config.model.guidance:g}, deterministic sampler"
     )
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -136,5 +137,5 @@ class Rollout:
                 prediction = net(x, here.told * rows, cond, to=to).at(here.level * rows)
                 x0, x_t, s = prediction.x0, x, after * rows
                 if after > 0:
-                    x = self.step(prediction, s, lambda i=i: draw.normal(f"{purpose}.{i}", noise.shape[1:]))
+                    x = self.step(prediction, s, partial(draw.normal, f"{purpose}.{i}", noise.shape[1:]))
         return Sample(x if stop > 0 else x0, s, x0, x_t, here.level * rows, last)

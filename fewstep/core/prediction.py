@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from fewstep.core.schedule import Coefficients, NoiseSchedule, add_noise, bridge, expand
+from fewstep.core.schedule import Coefficients, Flow, NoiseSchedule, add_noise, bridge, expand
 
 Kind = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -62,7 +62,7 @@ class Prediction:
     @property
     def velocity(self) -> Tensor:
         """dx/dt of the probability flow ODE: alpha' x0 + sigma' eps."""
-        if self.kind == "flow_prediction":
+        if self.kind == "flow_prediction" and isinstance(self.schedule, Flow):
             return self.value.float()
         c = self.schedule.at(self.t, self.x_t)
         return c.d_alpha * self.x0 + c.d_sigma * self.eps

@@ -38,8 +38,8 @@ class NoiseSchedule(ABC):
     def time_of(self, ratio: Tensor) -> Tensor:
         """The time t (B,) at which sigma / alpha equals `ratio` (B,) float64, clamped to the schedule's range."""
 
-    def snap(self, t: Tensor) -> Tensor:
-        """The nearest time (B,) the networks of this process were trained on."""
+    def snap(self, t: Tensor, above: Tensor | None = None) -> Tensor:
+        """The nearest time (B,) the networks of this process were trained on; with `above` (B,), one over that."""
         return t
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
@@ -81,8 +81,11 @@ class VP(NoiseSchedule):
         t, _ = _interpolate(angle, self._angles.to(angle.device), self._knots.to(angle.device))
         return t.clamp(0, 1)
 
-    def snap(self, t: Tensor) -> Tensor:
-        return (t.double() * self.steps).round().clamp(1, self.steps).div(self.steps).to(t.dtype)
+    def snap(self, t: Tensor, above: Tensor | None = None) -> Tensor:
+        index = (t.double() * self.steps).round().clamp(min=1)
+        if above is not None:
+            index = index.maximum((above.double() * self.steps).round() + 1)
+        return index.clamp(max=self.steps).div(self.steps).to(t.dtype)
 
 
 @dataclass(eq=False)

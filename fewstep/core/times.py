@@ -44,7 +44,7 @@ class Times:
         t = shift(t, self.shift).clamp(self.low, self.high)
         if above is not None:
             t = above + (1 - above) * t
-        return schedule.snap(t).to(torch.float32)
+        return schedule.snap(t, above).to(torch.float32)
 
 
 def _uniform(times: Times, u: Tensor, schedule: NoiseSchedule) -> Tensor:

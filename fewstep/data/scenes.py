@@ -68,10 +68,10 @@ class SceneBatch:
     attributes: Tensor
 
 
-def law() -> dict[tuple[str, str, str, str], float]:
+def law() -> dict[tuple[str, ...], float]:
     """Exact joint probability of every possible (count, position, size, texture); the values sum to 1."""
     names = [ATTRIBUTES[name] for name in ("count", "position", "size", "texture")]
-    cells: dict[tuple[str, str, str, str], float] = {}
+    cells: dict[tuple[str, ...], float] = {}
     for c, p, s, t in itertools.product(*(range(len(values)) for values in names)):
         probability = _COUNT[c] * _POSITION[c][p] * _SIZE[c][s] * _TEXTURE[t]
         if probability > 0:

@@ -88,7 +88,7 @@ class Guided(Composite):
 
 
 class Blend(Composite):
-    """A weighted sum of backbones on the same process: sum_i w_i x0_i, read as the first one's kind."""
+    """The weighted mean of backbones on one process, sum_i w_i x0_i / sum_i w_i, read as the first one's kind."""
 
     def __init__(self, parts: Sequence[Backbone], weights: Sequence[float]):
         super().__init__(parts[0])
@@ -96,6 +96,8 @@ class Blend(Composite):
         self.weights = tuple(weights)
 
     def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
+        if taps or stop:
+            raise ValueError("a blend has no features of its own: tap one of its parts")
         predictions = [part(x_t, t, cond, to=to) for part in self.parts]
         first, total = predictions[0], sum(self.weights)
         x0 = sum(w * p.x0 for w, p in zip(self.weights, predictions, strict=True)) / total

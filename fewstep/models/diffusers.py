@@ -57,6 +57,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+SECOND_TIME = "second_time"  # key of the dial `to`: a ModuleDict has a method of that name
+
+
 def network_time(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """The timestep (B,) float32 a diffusers network is told: index T t - 1 for VP, 1000 t otherwise."""
     if isinstance(schedule, VP):
@@ -88,7 +91,7 @@ class DiffusersBackbone(Backbone):
 
     def add_dial(self, name: str) -> None:
         """Feeds the dial `name`, or the second time `to`, to the network. Starts without any effect."""
-        self.dials[name] = TimeEmbedder(self._embedding_width())
+        self.dials[SECOND_TIME if name == "to" else name] = TimeEmbedder(self._embedding_width())
 
     def _embedding_width(self) -> int:
         linears = [m for m in self.net.get_submodule(self.family.time_embedding).modules() if isinstance(m, nn.Linear)]
@@ -100,7 +103,7 @@ class DiffusersBackbone(Backbone):
         return cond.with_inputs(class_labels=torch.full_like(cond.inputs["class_labels"], self.null_label))
 
     def _embedding_hook(self, cond: Condition, to: Tensor | None):
-        values = {**cond.dials, **({} if to is None else {"to": to})}
+        values = {**cond.dials, **({} if to is None else {SECOND_TIME: to})}
         extra = sum(self.dials[name](values[name]) for name in self.dials if name in values)
 
         def add(module: nn.Module, args: object, output: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class Triad:
     """The networks of a run. A role that the objective does not name is None and was never built."""
 
     generator: Backbone
-    real_score: Backbone | None = None
-    fake_score: Backbone | None = None
+    real_score: Backbone = None  # type: ignore[assignment]
+    fake_score: Backbone = None  # type: ignore[assignment]
 
 
 Turns = Generator[Turn | Share, Any, None]  # a Share is answered with its mean

@@ -22,7 +22,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import add_noise
 from fewstep.core.times import Times
-from fewstep.models.backbone import Backbone, frozen
+from fewstep.models.backbone import Backbone, Guided, frozen
 from fewstep.models.head import Heads
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
@@ -84,7 +84,7 @@ class Objective(base.Objective):
     @property
     def watched(self) -> Backbone:
         """The network whose features the discriminator reads."""
-        return self.triad.fake_score if self.config.gan_features == "fake" else self.triad.real_score.inner
+        return self.triad.fake_score if self.config.gan_features == "fake" else teacher_of(self.triad.real_score)
 
     def attach(self, x: Tensor, cond: Condition) -> None:
         """Makes the heads that fit the features of inputs such as x (B, *S)."""
@@ -172,3 +172,8 @@ class Objective(base.Objective):
         fake_logits, real_logits = self.heads(dict(fake.features)), self.heads(dict(real.features))
         loss = gan.discriminator_loss(fake_logits, real_logits)
         return loss, {"gan/critic": loss, "gan/accuracy": gan.accuracy(fake_logits, real_logits)}
+
+
+def teacher_of(real_score: Backbone) -> Backbone:
+    """The bare teacher inside a guided one: features are those of the conditional pass."""
+    return real_score.inner if isinstance(real_score, Guided) else real_score

@@ -69,6 +69,11 @@ def ema_decay(limit: float) -> Callable[[int], float]:
     return lambda moves: min(limit, (1 + moves) / (10 + moves))
 
 
+def constant_decay(value: float) -> Callable[[int], float]:
+    """The same decay after every move: target networks."""
+    return lambda moves: value
+
+
 class Player:
     """Optimizer, clipping and learning-rate schedule of `modules`, by the player's own moves.
 
@@ -88,7 +93,7 @@ class Player:
             betas=tuple(config.betas),
             eps=config.eps,
             weight_decay=config.weight_decay,
-            fused=True,
+            fused=self.parameters[0].device.type != "meta",
         )
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,275 @@
+"""Images from a run folder or a diffusers folder: which labels, which steps, one picture of them all."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fewstep import build, measure
+from fewstep.core.errors import UserError
+from fewstep.export import CARD, load_run, read_card
+from fewstep.models import loading, schedulers
+from fewstep.models.backbone import Backbone, Guided
+from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.rollout import Rollout, transition
+from fewstep.sampling_arguments import add_arguments
+
+__all__ = ["Sampler", "add_arguments", "labelled_grid", "main", "open_folder"]
+
+MANY_STEPS = 50
+"""passes for a folder that does not say how many it was made for"""
+_COLUMNS = 20
+_TILE = 64
+_GAP = 4
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A generator with its rollout. `names` of the labels 0, 1, ..; `classes` counts them where there are no names.
+
+    Neither names nor classes: the generator takes no label. `shape` is that of one image, (C, H, W).
+    """
+
+    net: Backbone
+    rollout: Rollout
+    shape: tuple[int, int, int]
+    names: tuple[str, ...]
+    classes: int
+
+    def name(self, label: int) -> str:
+        return self.names[label] if label < len(self.names) else f"class {label}"
+
+    def draw(self, labels: Sequence[int], count: int, seed: int) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1]; `labels` take turns."""
+        wanted = torch.tensor(labels)[torch.arange(count) % len(labels)] if labels else None
+        return measure.generate(self.net, self.rollout, wanted, count, self.shape, seed, progress=True)
+
+
+def open_folder(
+    folder: Path, steps: int | None = None, guidance: float | None = None, checkpoint: int | None = None
+) -> Sampler:
+    """The generator of a run folder or of a diffusers pipeline folder.
+
+    Raises UserError for a folder that is neither, too many steps, and guidance without a null class.
+    """
+    folder = loading.locate(str(folder))
+    if (folder / "model_index.json").is_file():
+        if checkpoint is not None:
+            raise UserError(f"{folder} is a pipeline folder and has no checkpoints: leave --checkpoint out")
+        return _of_pipeline(folder, steps, 1.0 if guidance is None else guidance)
+    return _of_run(folder, steps, guidance, checkpoint)
+
+
+def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint: int | None) -> Sampler:
+    run = load_run(folder, checkpoint)
+    net, rollout = measure.student(run)
+    if guidance is not None:
+        net = _guided(run.evaluated(), run.teacher.null_label, guidance)
+    if steps is not None and steps != len(rollout):
+        _allowed(steps, run.teacher.scheduler)
+        model = dataclasses.replace(run.config.model, steps=steps)
+        scheduler = build.exportable(dataclasses.replace(run.config, model=model), run.teacher)
+        walk = schedulers.student_steps(run.teacher.schedule, scheduler, steps, model.shift)
+        rollout = Rollout(walk, rollout.step, rollout.two_times)
+    return Sampler(net, rollout, run.shape, run.source.labels, len(run.source.labels))
+
+
+def _of_pipeline(folder: Path, steps: int | None, guidance: float) -> Sampler:
+    loaded, header = loading.load(str(folder)), read_card(folder / CARD)
+    assert loaded.scheduler is not None
+    schedule, kind = schedulers.read(loaded.scheduler)
+    scheduler, known = loaded.scheduler, loaded.scheduler.config
+    steps = steps or int(known.get("original_inference_steps") or header.get("num_inference_steps") or MANY_STEPS)
+    _allowed(steps, scheduler)
+    step = "renoise" if type(scheduler).__name__ == "LCMScheduler" else "ode"
+    shift = known.get("flow_shift") or known.get("shift") or 1.0
+    walk = schedulers.steps_of(schedulers.student_scheduler(scheduler, kind, step, steps, shift), steps)
+    names = tuple(str(name) for name in (header.get("id2label") or {}).values())
+    net = DiffusersBackbone(loaded.net.eval(), schedule, kind, header.get("null_label"))
+    classes = net.family.classes(loaded.net) or 0
+    side = loaded.net.config.sample_size
+    if not isinstance(side, int):
+        raise UserError(f"the network of {folder} does not say its image size: set sample_size in its config.json")
+    device = build.pick_device("auto")
+    generator = _guided(net, net.null_label, guidance).to(device)
+    shape = (loaded.net.config.in_channels, side, side)
+    return Sampler(generator, Rollout(walk, transition(step)), shape, names, len(names) or classes)  # type: ignore[arg-type]
+
+
+def _guided(net: Backbone, null_label: int | None, guidance: float) -> Backbone:
+    if guidance == 1:
+        return net
+    if null_label is None:
+        raise UserError(f'--guidance {guidance:g} needs a class that means "no class", and this model names none')
+    return Guided(net, guidance)
+
+
+def _allowed(steps: int, scheduler: object) -> None:
+    most = scheduler.config.num_train_timesteps  # type: ignore[attr-defined]
+    if not 1 <= steps <= most:
+        raise UserError(f"--steps is from 1 to the {most} of this model's schedule, but {steps} was given")
+
+
+def chosen_labels(args: argparse.Namespace, sampler: Sampler) -> list[int]:
+    """The labels that were asked for, in that order; without any, all of them. Raises UserError for an unknown one."""
+    asked = args.labels or args.label_ids or args.prompts_file
+    if asked and not sampler.classes:
+        raise UserError("this generator takes no labels: leave --labels, --label-ids and --prompts-file out")
+    if args.labels:
+        return [_label(name, sampler, "") for name in _split(args.labels, "--labels")]
+    if args.label_ids:
+        return [_id(number, sampler) for number in _split(args.label_ids, "--label-ids")]
+    if args.prompts_file:
+        return _read_labels(Path(args.prompts_file), sampler)
+    return list(range(min(sampler.classes, _COLUMNS)))
+
+
+def _split(given: str, option: str) -> list[str]:
+    parts = [part.strip() for part in given.split(",") if part.strip()]
+    if not parts:
+        raise UserError(f"{option} is a list with commas between, but '{given}' was given")
+    return parts
+
+
+def _id(given: str, sampler: Sampler) -> int:
+    if not given.isdecimal() or int(given) >= sampler.classes:
+        raise UserError(f"label ids are from 0 to {sampler.classes - 1}, but '{given}' was given")
+    return int(given)
+
+
+def _label(given: str, sampler: Sampler, where: str) -> int:
+    """The label of a name. `where` opens the sentence of the error."""
+    places = {name.casefold(): i for i, name in enumerate(sampler.names)}
+    if not places:
+        raise UserError(f"{where}this model has no label names: use --label-ids from 0 to {sampler.classes - 1}")
+    if given.casefold() in places:
+        return places[given.casefold()]
+    near = difflib.get_close_matches(given.casefold(), places, 1)
+    hint = f"did you mean '{sampler.names[places[near[0]]]}'? " if near else ""
+    shown = ", ".join(sampler.names[:_COLUMNS]) + (", .." if len(sampler.names) > _COLUMNS else "")
+    raise UserError(f"{where}there is no label '{given}': {hint}use any of {shown}")
+
+
+def _read_labels(path: Path, sampler: Sampler) -> list[int]:
+    """One label a line, by name or, where the model has no names, by number; empty lines are skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"the prompts file {path} cannot be read: {reason}") from None
+    labels = []
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text:
+            continue
+        if text.isdecimal() and int(text) < sampler.classes and not sampler.names:
+            labels.append(int(text))
+        else:
+            labels.append(_label(text, sampler, f"{path}, line {number}: "))
+    if not labels:
+        raise UserError(f"the prompts file {path} names no label: write one a line")
+    return labels
+
+
+def labelled_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
+    """Images (N, C, H, W) in [-1, 1] in rows of `columns`, a caption above each; a row like the one above has none."""
+    scale = max(1, round(_TILE / images.shape[-1]))
+    height, width = (side * scale for side in images.shape[-2:])
+    font = ImageFont.load_default(11)
+    rows = [list(captions[start : start + columns]) for start in range(0, len(images), columns)]
+    above: list[str] = []
+    lines: list[list[list[str]]] = []
+    for row in rows:
+        named = any(row) and row != above[: len(row)]
+        lines.append([_wrap(text, width, font) for text in row] if named else [])
+        above = row
+    heads = [13 * max((len(text) for text in row), default=0) for row in lines]
+    canvas = Image.new(
+        "RGB", (columns * (width + _GAP) + _GAP, sum(heads) + len(rows) * (height + _GAP) + _GAP), "white"
+    )
+    pen, top = ImageDraw.Draw(canvas), _GAP
+    for index, (head, texts) in enumerate(zip(heads, lines, strict=True)):
+        for column, text in enumerate(texts):
+            place = (_GAP + column * (width + _GAP) + width / 2, top + head - 3)
+            pen.multiline_text(place, "\n".join(text), fill="black", font=font, anchor="md", align="center", spacing=1)
+        for column, image in enumerate(images[index * columns : (index + 1) * columns]):
+            tile = picture(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (_GAP + column * (width + _GAP), top + head))
+        top += head + height + _GAP
+    return canvas
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """`text` in lines of at most `width` pixels; a word that is too long is cut."""
+    lines: list[str] = []
+    for word in text.split():
+        while font.getlength(word) > width and len(word) > 2:
+            word = word[:-2] + "…"
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def picture(image: Tensor) -> Image.Image:
+    """One image (C, H, W) in [-1, 1], C = 1 or 3."""
+    values = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return Image.fromarray(values.permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def _writable(out: Path) -> None:
+    """Raises UserError before any work is done for a picture that could not be saved."""
+    probe = out.with_name(f".{out.name}.probe")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        if out.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another place") from None
+
+
+def _save_individually(images: Tensor, captions: Sequence[str], out: Path) -> Path:
+    folder = out.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        words = re.sub(r"[^\w]+", "-", caption).strip("-")
+        picture(image).save(folder / f"{i:05d}{'_' if words else ''}{words}.png")
+    return folder
+
+
+def main(args: argparse.Namespace) -> None:
+    """Samples as the arguments of `add_arguments` say, saves the picture and says how long it took."""
+    out = Path(args.out)
+    if args.count is not None and args.count < 1:
+        raise UserError(f"--count is at least 1, but {args.count} was given")
+    out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
+    _writable(out)
+    sampler = open_folder(Path(args.run), args.steps, args.guidance, args.checkpoint)
+    labels = chosen_labels(args, sampler)
+    count = args.count or (len(labels) * (1 if args.prompts_file else 4) or 16)
+    began = time.perf_counter()
+    images = sampler.draw(labels, count, args.seed)
+    seconds = time.perf_counter() - began
+    captions = [sampler.name(labels[i % len(labels)]) if labels else "" for i in range(count)]
+    columns = min(len(labels) or 4, count, _COLUMNS)
+    try:
+        labelled_grid(images, captions, columns).save(out)
+        folder = _save_individually(images, captions, out) if args.individual else None
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error.strerror or error}): choose another place") from None
+    passes = len(sampler.rollout)
+    print(f"{count} images, {passes} step{'s' if passes > 1 else ''}: {count / seconds:.1f} images/s")
+    print(f"{out}{f' and {folder}/' if folder else ''}")

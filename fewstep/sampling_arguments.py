@@ -1,0 +1,21 @@
+"""The arguments of `fewstep sample` and tools/sample.py; apart from sampling.py, whose imports take seconds."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `fewstep.sampling.main` reads."""
+    parser.add_argument("run", help="a run folder, or a class-conditional diffusers pipeline folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--labels", help='names with commas between: "red disc,blue ring"; default: every label')
+    which.add_argument("--label-ids", help="numbers instead of names: 0,5")
+    which.add_argument("--prompts-file", help="a text file with one label a line")
+    parser.add_argument("--count", type=int, help="images; labels take turns. Default: four of each, a line one image")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
+    parser.add_argument("--steps", type=int, help="network passes; default: what it was trained or saved for")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: what the run says, or 1")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run; default: its newest checkpoint")
+    parser.add_argument("--out", default="samples.png", help="the PNG with all images")
+    parser.add_argument("--individual", action="store_true", help="also one PNG an image, in a folder beside it")

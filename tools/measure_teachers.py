@@ -1,0 +1,92 @@
+"""Stores the truth's statistics and the 50-step row of each built-in teacher beside its weights.
+
+    python tools/measure_teachers.py [--samples 2000 10000] [assets/teachers/scenes-flow ...]
+
+A teacher's row costs 50 network passes an image, so runs read it instead of measuring it again; it is only used
+while the hash of the weights, the guidance and the resolution are the stored ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fewstep import build, config, measure
+from fewstep.data.source import SceneSource
+from fewstep.evals.frechet import Statistics
+from fewstep.train.checkpoint import sha256
+
+TRUTH_SAMPLES = 50_000
+KEPT_FEATURES = 10_000
+
+
+def store_truth(resolution: int) -> None:
+    """Mean and covariance of 50,000 true scenes, and the features of the first 10,000."""
+    features, labels = measure.read_truth(SceneSource(resolution, 0), TRUTH_SAMPLES)
+    statistics = Statistics.of(features)
+    state = {
+        "mean": statistics.mean,
+        "covariance": statistics.covariance,
+        "features": features[:KEPT_FEATURES].half(),
+        "labels": labels[:KEPT_FEATURES],
+    }
+    target = Path(f"assets/truth/scenes{resolution}.safetensors")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, target)
+    record = {
+        "samples": TRUTH_SAMPLES,
+        "seed": measure.TRUTH_SEED,
+        "reader_sha256": sha256(Path("assets/reader/reader.safetensors")),
+        "floor": floor(resolution, statistics),
+    }
+    target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def floor(resolution: int, truth: Statistics) -> dict[str, float]:
+    """Frechet distance of fresh true scenes to the stored truth, by sample count."""
+    source = SceneSource(resolution, measure.TRUTH_SEED + 1)
+    features = torch.cat([measure.reader().read(source.images(ids))[1] for ids in torch.arange(10_000).split(500)])
+    return {str(n): measure.frechet_distance(Statistics.of(features[:n]), truth) for n in (2000, 10_000)}
+
+
+def store_row(folder: Path, samples: list[int], guidance: float) -> None:
+    """Generates the largest count once; smaller counts are its first images."""
+    overrides = [f"model.teacher={folder}", f"model.guidance={guidance}"]
+    run = build.build(config.load("configs/quickstart.yaml", overrides)[0])
+    truth, most = measure.truth_of(run.source), max(samples)
+    net, rollout = measure.teacher(run, measure.TEACHER_STEPS)
+    labels = measure.labels_of(run, most)
+    images = measure.generate(net, rollout, labels, most, run.shape, measure.SAMPLE_SEED, progress=True)
+    speed = measure.measure("speed", run, net, rollout, truth, 100)
+    rows = {}
+    for count in samples:
+        measured = measure.row("teacher, 50 steps", images[:count], labels[:count], truth, run.source)
+        rows[str(count)] = measured | {k: speed[k] for k in ("passes", "images_per_second")}
+        print(folder.name, count, {k: v for k, v in rows[str(count)].items() if k != "rare"})
+    record = {
+        "weights_sha256": measure.weights_sha256(folder),
+        "guidance": guidance,
+        "resolution": run.config.data.resolution,
+        "protocol": measure.protocol(run, truth, most),
+        "rows": rows,
+    }
+    (folder / "evals.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("teachers", nargs="*", default=sorted(Path("assets/teachers").glob("scenes-*")), type=Path)
+    parser.add_argument("--samples", nargs="+", type=int, default=[2000, 10_000])
+    parser.add_argument("--guidance", type=float, default=1.0)
+    args = parser.parse_args()
+    store_truth(16)
+    for folder in args.teachers:
+        store_row(folder, args.samples, args.guidance)
+
+
+if __name__ == "__main__":
+    main()
