@@ -55,7 +55,7 @@ class ModelConfig:
     steps: int = 1
     """network passes of the student, 1 to 8"""
     transition: TransitionName = "ode"
-    """between the student's steps: renoise (SDE) | ode | cps | gamma | jump"""
+    """between the student's steps: renoise (SDE) | ode | cps | gamma"""
     eta: float = 0.5
     """share of fresh noise of cps and gamma"""
     shift: float = 1.0

@@ -18,7 +18,7 @@ from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import add_noise, bridge
 from fewstep.models.backbone import Backbone
 
-TransitionName = Literal["renoise", "ode", "cps", "gamma", "jump"]
+TransitionName = Literal["renoise", "ode", "cps", "gamma"]
 Transition = Callable[[Prediction, Tensor, Callable[[], Tensor]], Tensor]
 
 

@@ -89,7 +89,8 @@ def _of_pipeline(folder: Path, steps: int | None, guidance: float) -> Sampler:
     assert loaded.scheduler is not None
     schedule, kind = schedulers.read(loaded.scheduler)
     scheduler, known = loaded.scheduler, loaded.scheduler.config
-    steps = steps or int(known.get("original_inference_steps") or header.get("num_inference_steps") or MANY_STEPS)
+    if steps is None:
+        steps = int(known.get("original_inference_steps") or header.get("num_inference_steps") or MANY_STEPS)
     _allowed(steps, scheduler)
     step = "renoise" if type(scheduler).__name__ == "LCMScheduler" else "ode"
     shift = known.get("flow_shift") or known.get("shift") or 1.0
@@ -191,7 +192,7 @@ def labelled_grid(images: Tensor, captions: Sequence[str], columns: int) -> Imag
     lines: list[list[list[str]]] = []
     for row in rows:
         named = any(row) and row != above[: len(row)]
-        lines.append([_wrap(text, width, font) for text in row] if named else [])
+        lines.append([_wrap(text, width - 2, font) for text in row] if named else [])
         above = row
     heads = [13 * max((len(text) for text in row), default=0) for row in lines]
     canvas = Image.new(

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fewstep.core.errors import UserError
 from fewstep.core.schedule import NoiseSchedule, shift
 
 Law = Literal["uniform", "logit_normal", "log_normal", "karras", "u_shape"]
@@ -34,9 +35,9 @@ class Times:
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
-            raise ValueError(f"times need 0 <= low < high <= 1, but low is {self.low} and high is {self.high}")
+            raise UserError(f"times need 0 <= low < high <= 1, but low is {self.low} and high is {self.high}")
         if self.shift <= 0 or self.std <= 0:
-            raise ValueError(f"times need shift > 0 and std > 0, but shift is {self.shift} and std is {self.std}")
+            raise UserError(f"times need shift > 0 and std > 0, but shift is {self.shift} and std is {self.std}")
 
     def __call__(self, u: Tensor, schedule: NoiseSchedule, above: Tensor | None = None) -> Tensor:
         """t (B,) from u (B,) uniform in (0, 1). With `above` (B,), t is drawn from the part over that time."""
@@ -93,7 +94,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"a time grid needs at least one interval, but count is {self.count}")
+            raise UserError(f"a time grid needs at least one interval, but count is {self.count}")
 
     def times(self, schedule: NoiseSchedule) -> Tensor:
         """(count + 1,) float32, ascending from exactly 0 to 1."""

@@ -20,7 +20,7 @@ from fewstep.train.player import Player
 
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2  # 1 had no seal on the manifest
 
 
 class Damaged(UserError):
@@ -57,7 +57,7 @@ def restore(state: dict[str, Tensor], players: Mapping[str, Player], extra: nn.M
             for key, parameter in player.named_parameters():
                 moments = take(f"{name}/optimizer/{key}/")
                 if moments:
-                    player.optimizer.state[parameter] = moments
+                    player.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
     except (RuntimeError, ValueError) as error:
         raise Damaged(f"the checkpoint does not fit the configured networks: {str(error).splitlines()[0]}") from None
     if left:
@@ -70,6 +70,12 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest without its seal."""
+    bare = {k: v for k, v in manifest.items() if k != "seal"}
+    return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
 def save(folder: Path, step: int, players: Mapping[str, Player], extra: nn.Module) -> Path:
@@ -88,7 +94,7 @@ def save(folder: Path, step: int, players: Mapping[str, Player], extra: nn.Modul
             "moves": {name: player.moves for name, player in players.items()},
             "sha256": {STATE: sha256(aside / STATE)},
         }
-        write_text(aside / MANIFEST, json.dumps(manifest, indent=1))
+        write_text(aside / MANIFEST, json.dumps({**manifest, "seal": seal(manifest)}, indent=1))
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
@@ -129,8 +135,10 @@ def verify(path: Path) -> dict[str, Any]:
     instead = f"resume from the one before with --resume {earlier[-1]}" if earlier else "there is none before it"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        sums = manifest["sha256"]
-    except (OSError, ValueError, KeyError):
+        sums = {STATE: manifest["sha256"][STATE], **manifest["sha256"]}
+        if manifest["format"] not in (1, _FORMAT) or (manifest["format"] > 1 and manifest["seal"] != seal(manifest)):
+            raise ValueError("the manifest is not the one that was written")
+    except (OSError, ValueError, KeyError, TypeError):
         raise Damaged(f"the checkpoint {path} is damaged ({MANIFEST} cannot be read): {instead}") from None
     for name, expected in sums.items():
         if not (path / name).exists() or sha256(path / name) != expected:
