@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,27 +294,30 @@ def condition(source: Source, ids: torch.Tensor) -> Condition:
     return Condition({"class_labels": source.label_of(ids.cpu()).to(ids.device)})
 
 
-def prepare(run: Run, root: Path) -> None:
-    """Makes what must be there before the first step: the teacher's pairs, for objectives that read them."""
+def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
+    """Makes what must be there before the first step: the teacher's pairs, for objectives that read them.
+
+    They are kept in the run folder `root`; those of the stage before are used again where they are the same.
+    """
     if "pair" not in run.objective.reads:
         return
-    file, config = root / "pairs.safetensors", run.config.pairs
+    config = run.config.pairs
+    name = f"pairs_{config.count}x{config.steps}_seed{config.seed}.safetensors"
+    file = next((f / name for f in (root, previous) if f is not None and (f / name).exists()), root / name)
     if not file.exists():
-        scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", config.steps)
-        walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
-        guided = Guided(run.teacher.backbone(), run.config.model.guidance).to(run.device).eval()
-        with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True) as bar:
-            made = pairs.make_pairs(
-                guided,
-                walk,
-                lambda rows: condition(run.source, rows),
-                run.shape,
-                config.count,
-                config.seed,
-                progress=bar.update,
-            )
-        pairs.save(file, made)
+        pairs.save(file, make_pairs(run))
     run.pairs = pairs.load(file, config.seed)
+
+
+def make_pairs(run: Run) -> pairs.Pairs:
+    """The guided teacher's deterministic samples from the noises of `config.pairs`."""
+    config = run.config.pairs
+    scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", config.steps)
+    walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
+    guided = Guided(run.teacher.backbone(), run.config.model.guidance).to(run.device).eval()
+    with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True) as bar:
+        labels = partial(condition, run.source)
+        return pairs.make_pairs(guided, walk, labels, run.shape, config.count, config.seed, progress=bar.update)
 
 
 def describe(config: Config) -> list[str]:

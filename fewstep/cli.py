@@ -6,7 +6,7 @@ Heavy imports wait inside the commands, so that a spelling mistake is answered a
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +49,7 @@ def export(args: argparse.Namespace) -> None:
     from fewstep import export as exporting
 
     run = exporting.load_run(Path(args.run), args.step)
-    folder = Path(args.to) if args.to else Path(args.run) / "export"
+    folder = Path(args.to) if args.to else exporting.stage_of(Path(args.run)) / "export"
     dtype = torch.float16 if args.dtype == "float16" else torch.float32
     print(f"diffusers pipeline: {exporting.export(run, folder, dtype)}")
 
@@ -129,8 +129,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C."""
-    # xformers prints a page when it finds another torch than it was built for; diffusers imports it unasked.
-    os.environ.setdefault("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")
+    # xformers logs a page when it finds another torch than it was built for; diffusers imports it unasked.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     args = parser().parse_args(arguments)
     try:
         args.call(args)

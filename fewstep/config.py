@@ -245,11 +245,10 @@ def describe_objectives(name: str | None) -> str:
     default = OmegaConf.to_container(OmegaConf.structured(module.Config))
     assert isinstance(default, dict)
     comments = _comments(module.Config)
-    lines = [
-        f"# {comments[key]}\n{key}: {_inline(value)}" if key in comments else f"{key}: {_inline(value)}"
-        for key, value in default.items()
-    ]
-    return f"{(module.__doc__ or '').strip()}\n\n" + "\n".join(str(line) for line in lines)
+    rows = []
+    for key, value in default.items():
+        rows += ([f"# {comments[key]}"] if key in comments else []) + [f"{key!s}: {_inline(value)}"]
+    return f"{(module.__doc__ or '').strip()}\n\n" + "\n".join(rows)
 
 
 def _inline(value: Any) -> str:

@@ -240,7 +240,7 @@ def load_run(folder: Path, step: int | None = None) -> Run:
     Of a run of stages the last one with a checkpoint is meant. The checkpoint is verified before anything is
     built. Raises UserError for an absent folder, no checkpoint, no such step, and Damaged for a damaged checkpoint.
     """
-    place = _stage(Path(folder))
+    place = stage_of(Path(folder))
     path = _checkpoint(place, step)
     manifest = checkpoint.verify(path)
     weights = checkpoint.read_network(path, "generator", None)
@@ -261,10 +261,11 @@ def _for_use(config: Config) -> Config:
     return dataclasses.replace(config, start={}, device="auto" if config.device == "cuda" else config.device)
 
 
-def _stage(folder: Path) -> Path:
+def stage_of(folder: Path) -> Path:
+    """The folder itself, or that of its last stage which has a checkpoint. Raises UserError for no run folder."""
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}: give one that `fewstep train` has made")
-    stages = sorted(folder.glob("stage_*"), key=lambda p: int(p.name.removeprefix("stage_") or 0))
+    stages = sorted(folder.glob("stage_*"), key=lambda p: (len(p.name), p.name))
     saved = [stage for stage in stages if checkpoint.available(stage / "checkpoints")]
     place = saved[-1] if saved else folder
     if not (place / "config.yaml").is_file():

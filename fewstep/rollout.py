@@ -16,18 +16,11 @@ from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import add_noise, bridge
+from fewstep.core.times import Step
 from fewstep.models.backbone import Backbone
 
 TransitionName = Literal["renoise", "ode", "cps", "gamma"]
 Transition = Callable[[Prediction, Tensor, Callable[[], Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """`told` is the time the network is given, `level` the time whose alpha and sigma are used."""
-
-    told: float
-    level: float
 
 
 @dataclass(frozen=True)
@@ -101,6 +94,8 @@ class Rollout:
     def __init__(self, steps: Sequence[Step], step: Transition = renoise, two_times: bool = False):
         if not steps:
             raise ValueError("a rollout needs at least one step")
+        if two_times and step is not ode:
+            raise ValueError("a network that is told where its step ends goes with the transition ode alone")
         self.steps, self.step, self.two_times = tuple(steps), step, two_times
 
     def __len__(self) -> int:

@@ -105,7 +105,7 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
             folder.truncate(name, done)
     checkpoint.write_text(root / "config.yaml", to_yaml(config))
     folder.write_origin({"source": config.model.teacher, "revision": config.model.revision})
-    building.prepare(run, root)
+    building.prepare(run, root, previous)
     skipped = getattr(run.source, "skipped", [])
     if skipped:
         print(f"{len(skipped)} files could not be read and are left out: {', '.join(str(p) for p in skipped[:5])}")
@@ -154,7 +154,7 @@ def resume_point(where: Path, name: str) -> tuple[Path, Path]:
     if where.parent.name == "checkpoints" and where.is_dir():
         root = where.parent.parent
         return (root.parent if root.name.startswith("stage_") else root), where
-    stages = [where, *sorted(where.glob("stage_*"))]
+    stages = [where, *sorted(where.glob("stage_*"), key=lambda p: (len(p.name), p.name))]
     saved = [checkpoint.available(stage / "checkpoints") for stage in stages]
     if found := [paths[-1] for paths in saved if paths]:
         return where, found[-1]

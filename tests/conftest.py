@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +97,34 @@ def tiny_dit() -> Callable[..., nn.Module]:
         return diffusers.DiTTransformer2DModel(**{**sizes, **changes}).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_sizes() -> dict[str, Any]:
+    """The arguments of a UNet2DModel with the shapes of the built-in teachers and few weights."""
+    return {
+        "sample_size": 16,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": [8, 8, 8],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+        "num_class_embeds": 13,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tiny_sizes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random flow teacher for 16x16 scenes, as a pipeline folder."""
+    import diffusers
+
+    from fewstep.models import schedulers
+
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(**tiny_sizes)
+    diffusers.ConsistencyModelPipeline(unet=net, scheduler=schedulers.flow_scheduler()).save_pretrained(folder)
+    return folder

@@ -47,7 +47,7 @@ def draw(rows: int = 4) -> Draw:
 
 
 class FlowMap(GaussianModel):
-    """The exact flow map of Gaussian data: reads as (x0, eps) whose jump to `to`, default 0, ends where the ODE does."""
+    """The exact flow map of Gaussian data: its (x0, eps) jump to `to`, default 0, where the ODE ends."""
 
     def forward(self, x_t, t, cond, *, to=None, taps: Sequence[str] = (), stop=False):
         s = torch.zeros_like(t) if to is None else to
@@ -158,9 +158,7 @@ def test_renoising_an_exact_consistency_function_keeps_the_marginals(
 
 @pytest.mark.parametrize("name", ["flow", "trig", "vp_zero_snr"])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_jumps_of_an_exact_flow_map_follow_the_ode(
-    name: str, count: int, processes: dict[str, NoiseSchedule]
-) -> None:
+def test_jumps_of_an_exact_flow_map_follow_the_ode(name: str, count: int, processes: dict[str, NoiseSchedule]) -> None:
     """Told where each step ends, the network lands on the trajectory; where it stops early, on its clean end."""
     net = FlowMap(MEAN, STD, processes[name], "v_prediction")
     rollout, noise = Rollout(even(count), ode, two_times=True), torch.randn(5, 3)
@@ -180,6 +178,14 @@ def test_two_times_tell_where_each_step_ends() -> None:
     net = Recorder(FlowMap(MEAN, STD, Flow(), "flow_prediction"))
     Rollout(even(2), ode)(net, torch.randn(2, 3), COND, draw(2))
     assert net.ends == [None, None]
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSITIONS if name != "ode"])
+def test_two_times_go_with_jumps_alone(name: str) -> None:
+    """The other transitions read a jump to another level than the one told, which is not where the ODE goes."""
+    with pytest.raises(ValueError, match="goes with the transition ode alone"):
+        Rollout(even(2), TRANSITIONS[name], two_times=True)
+    assert Rollout(even(2), transition("ode"), two_times=True).two_times
 
 
 def test_the_network_is_told_one_time_and_read_at_another() -> None:

@@ -50,7 +50,7 @@ def train_stage(stage: Config, budget: int, root: Path, previous: Path | None) -
     run = build.build(stage, previous)
     counter = PassCounter(networks_of(run.triad.generator, run.triad.real_score, run.triad.fake_score))
     began = time.process_time()
-    build.prepare(run, root)
+    build.prepare(run, root, previous)
     spent: dict[str, float] = {"images": 0.0}
 
     def after(step: int, logs: dict[str, float]) -> bool:

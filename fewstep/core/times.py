@@ -1,4 +1,4 @@
-"""Distributions of the time t in [0, 1], as maps from a uniform u, so that every draw stays a `Draw`."""
+"""Times t in [0, 1]: their distributions, as maps from a uniform u, so that every draw stays a `Draw`; and steps."""
 
 from __future__ import annotations
 
@@ -78,6 +78,14 @@ _LAWS: dict[str, Callable[[Times, Tensor, NoiseSchedule], Tensor]] = {
     "karras": _karras,
     "u_shape": _u_shape,
 }
+
+
+@dataclass(frozen=True)
+class Step:
+    """`told` is the time the network is given, `level` the time whose alpha and sigma are used."""
+
+    told: float
+    level: float
 
 
 @dataclass

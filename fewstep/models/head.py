@@ -16,15 +16,13 @@ class MapHead(nn.Module):
         super().__init__()
         if size < 4:
             raise ValueError(f"a discriminator head needs features of at least 4x4, but the tap gives {size}x{size}")
+        # Two channels a group on a 1x1 map would normalise everything but a sign away: sixteen or more.
+        groups = max(1, min(32, channels // 16))
         layers: list[nn.Module] = []
         while size > 4:
-            layers += [
-                nn.Conv2d(channels, channels, 4, 2, 1),
-                nn.GroupNorm(min(32, channels), channels),
-                nn.SiLU(),
-            ]
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU()]
             size //= 2
-        layers += [nn.Conv2d(channels, channels, 4, 4), nn.GroupNorm(min(32, channels), channels), nn.SiLU()]
+        layers += [nn.Conv2d(channels, channels, 4, 4), nn.GroupNorm(groups, channels), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -50,7 +50,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _pretrained(kind: Any, folder: str, weights: bool = True, **where: Any) -> Any:
     try:
         if not weights:
-            where.pop("torch_dtype", None)
             config = kind.load_config(folder, **where)
             with torch.device("meta"):
                 return kind.from_config(config)
@@ -60,8 +59,10 @@ def _pretrained(kind: Any, folder: str, weights: bool = True, **where: Any) -> A
         raise UserError(f"{kind.__name__} cannot be loaded from {folder}: {reason}") from None
 
 
-def _network(kind: Any, folder: str, **where: Any) -> nn.Module:
+def _network(kind: Any, folder: str, weights: bool, **where: Any) -> nn.Module:
     """A float32 network with exactly the tensors of its safetensors file; pickles are never opened."""
+    if not weights:
+        return _pretrained(kind, folder, weights=False, **where)
     where = {**where, "torch_dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     net, found = _pretrained(kind, folder, **where)
     if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
@@ -101,7 +102,7 @@ def load(source: str, revision: str | None = None, weights: bool = True) -> Load
 
 def _model(folder: str, config: dict[str, Any], weights: bool) -> nn.Module:
     kind = _class(config.get("_class_name", "?"))
-    return _pretrained(kind, folder, weights, torch_dtype=torch.float32)
+    return _network(kind, folder, weights)
 
 
 def _class_of(index: dict[str, Any], part: str) -> str | None:
@@ -114,7 +115,7 @@ def _from_pipeline(source: str, index: dict[str, Any], where: dict[str, Any], we
     part = next((name for name in DENOISERS if _class_of(index, name)), None)
     if part is None:
         raise UserError(f"the pipeline at {source} has no denoiser: none of {', '.join(DENOISERS)} is there")
-    net = _network(_class(index[part][1]), source, subfolder=part, **where)
+    net = _network(_class(index[part][1]), source, weights, subfolder=part, **where)
     scheduler_class = getattr(diffusers, _class_of(index, "scheduler") or "?", None)
     if scheduler_class is None:
         raise UserError(f"the pipeline at {source} has no scheduler that diffusers knows")

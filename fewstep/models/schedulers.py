@@ -11,7 +11,7 @@ import torch
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import KINDS, Kind
 from fewstep.core.schedule import VP, Flow, NoiseSchedule, shift
-from fewstep.rollout import Step
+from fewstep.core.times import Step
 
 
 def read(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
@@ -75,8 +75,8 @@ def student_scheduler(teacher: Any, kind: Kind, transition: str, steps: int, flo
     if kind == "flow_prediction":
         if steps > 1 and transition != "ode":
             raise UserError(
-                f"no stock diffusers scheduler renoises a class-conditional flow model: train {steps} steps "
-                "with model.transition=ode to export, or sample with fewstep"
+                f"no stock diffusers scheduler does the transition '{transition}' on a class-conditional flow model: "
+                f"train {steps} steps with model.transition=ode to export, or sample with fewstep"
             )
         return flow_scheduler(flow_shift)
     if steps > 1 and transition not in ("ode", "renoise"):

@@ -123,27 +123,34 @@ class Objective(base.Objective):
         x_t = noised(schedule, sample.x0, sample.s, t, batch.draw.normal("dmd2.eps", x.shape[1:]))
         with torch.no_grad():
             real = self.triad.real_score(x_t.detach(), t, batch.cond).x0
-        fake, logits = self.judge(x_t, t, batch.cond)
+        fake, adversarial = self.judge(x_t, t, batch.cond)
         gradient = direction(real, fake, x, self.config.weight, schedule, sample.s, t)
         loss, logs = surrogate(sample.x0, gradient), signals(x, real, fake)
-        if logits is not None:
-            logs["gan/generator"] = gan.generator_loss(logits)
-            loss = loss + self.config.gan_weight * logs["gan/generator"]
+        if adversarial is not None:
+            logs["gan/generator"] = adversarial
+            loss = loss + self.config.gan_weight * adversarial
         return loss, logs
 
     def judge(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
-        """The critic's x0 (detached) and the logits of x_t, differentiable in x_t but in no weight."""
+        """The critic's x0 (detached) and softplus(-D(x_t)), differentiable in x_t but in no weight.
+
+        The gradient in x_t is taken here, while the weights are frozen: gradient checkpointing would recompute the
+        blocks during a later backward, unfrozen, and fail.
+        """
         fake_score, heads = self.triad.fake_score, self.heads
         if heads is None:
             with torch.no_grad():
                 return fake_score(x_t, t, cond).x0, None
+        x = x_t.detach().requires_grad_()
         with frozen(self.watched), frozen(heads):
-            watched = self.watched(x_t, t, cond, taps=self.taps, stop=self.watched is not fake_score)
-            logits = heads(dict(watched.features))
+            watched = self.watched(x, t, cond, taps=self.taps, stop=self.watched is not fake_score)
+            loss = gan.generator_loss(heads(dict(watched.features)))
+            (slope,) = torch.autograd.grad(loss, x)
+        adversarial = loss.detach() + (slope * (x_t - x_t.detach())).sum()
         if self.watched is fake_score:
-            return watched.x0.detach(), logits
+            return watched.x0.detach(), adversarial
         with torch.no_grad():
-            return fake_score(x_t, t, cond).x0, logits
+            return fake_score(x_t, t, cond).x0, adversarial
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd2.critic_t", self.config.critic_times)

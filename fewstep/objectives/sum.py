@@ -72,15 +72,18 @@ class Objective(base.Objective):
         return self.terms[0].sample(batch, step, grad)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
-        return self._add([term.generator_loss(batch, sample, step) for term in self.terms])
+        scaled = zip(self.scales, self.terms, strict=True)
+        return _add([(scale, *term.generator_loss(batch, sample, step)) for scale, term in scaled])
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
-        critics = [term for term in self.terms if "fake_score" in term.needs(term.config)]
-        return self._add([term.critic_loss(batch, sample, step) for term in critics])
+        scaled = zip(self.scales, self.terms, strict=True)
+        critics = [(scale, term) for scale, term in scaled if "fake_score" in term.needs(term.config)]
+        return _add([(scale, *term.critic_loss(batch, sample, step)) for scale, term in critics])
 
-    def _add(self, parts: list[tuple[Tensor, Logs]]) -> tuple[Tensor, Logs]:
-        loss = torch.stack([scale * part for scale, (part, _) in zip(self.scales, parts, strict=False)]).sum()
-        return loss, {name: value for _, logs in parts for name, value in logs.items()}
+
+def _add(parts: list[tuple[float, Tensor, Logs]]) -> tuple[Tensor, Logs]:
+    loss = torch.stack([scale * part for scale, part, _ in parts]).sum()
+    return loss, {name: value for _, _, logs in parts for name, value in logs.items()}
 
 
 def _needs(node: dict[str, Any]) -> tuple[str, ...]:

@@ -153,9 +153,7 @@ def test_bridge_target_is_unbiased_fixture_p_vp(kind: Kind, intercept: float, sl
 
 
 @pytest.mark.parametrize("kind, levels", list(itertools.product(KINDS, [(0.0, 0.6), (0.2, 0.3), (0.4, 0.7)])))
-def test_bridge_target_is_unbiased_everywhere(
-    kind: Kind, levels: tuple[float, float], schedule: NoiseSchedule
-) -> None:
+def test_bridge_target_is_unbiased_everywhere(kind: Kind, levels: tuple[float, float], schedule: NoiseSchedule) -> None:
     s, t = levels
     when = torch.tensor([[t]], dtype=torch.float64)
     empty = Prediction(when, kind, when, when[0], schedule)

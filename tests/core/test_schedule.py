@@ -152,9 +152,7 @@ def test_shift_composes_and_inverts() -> None:
 
 
 @pytest.mark.parametrize("source, target", list(itertools.product(NAMES, NAMES)))
-def test_remap_lands_on_a_level_of_the_target(
-    source: str, target: str, processes: dict[str, NoiseSchedule]
-) -> None:
+def test_remap_lands_on_a_level_of_the_target(source: str, target: str, processes: dict[str, NoiseSchedule]) -> None:
     t = torch.linspace(0, 1, 41, dtype=torch.float64)
     start, end = processes[source], processes[target]
     there, scale = remap(start, end, t, torch.zeros(41, 1))

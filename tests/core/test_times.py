@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.core.schedule import VP, EDM, Flow, NoiseSchedule, Trig, shift
+from fewstep.core.schedule import EDM, VP, Flow, NoiseSchedule, Trig, shift
 from fewstep.core.times import Grid, Times
 
 COUNT = 4000

@@ -128,8 +128,8 @@ def blocks(net: nn.Module) -> list[str]:
 def test_taps_are_the_outputs_of_the_blocks(net: nn.Module, vp: VP) -> None:
     seen: dict[str, Tensor] = {}
     names = blocks(net)
+    first = lambda output: output[0] if isinstance(output, tuple) else output
     for name in names:
-        first = lambda output: output[0] if isinstance(output, tuple) else output
         keep = lambda module, args, output, name=name: seen.update({name: first(output)})
         net.get_submodule(name).register_forward_hook(keep)
     before = hooks(net)
@@ -168,7 +168,7 @@ def test_a_stopped_forward_has_the_same_features_and_gradients(net: nn.Module, v
 def test_an_unknown_block_is_named_and_leaves_no_hook(net: nn.Module, vp: VP) -> None:
     before = hooks(net)
     backbone = DiffusersBackbone(net, vp, "epsilon")
-    with pytest.raises(ValueError, match="no block 'attic' in .*: its blocks are .*blocks"):
+    with pytest.raises(ValueError, match=r"no block 'attic' in .*: its blocks are .*blocks"):
         backbone(torch.zeros(1, *SHAPE), torch.ones(1), labels(0), taps=(blocks(net)[0], "attic"))
     with pytest.raises(Exception, match=r"channels|size|shape"):
         backbone(torch.zeros(1, 7, 8, 8), torch.ones(1), labels(0), taps=blocks(net))
@@ -200,7 +200,7 @@ def test_a_network_without_labels_takes_an_empty_condition(tiny_unet: Make, vp: 
 
 
 def test_a_class_without_a_row_is_named(vp: VP) -> None:
-    with pytest.raises(ValueError, match="no row for Linear in the table of families: it has DiT.*UNet2DModel"):
+    with pytest.raises(ValueError, match=r"no row for Linear in the table of families: it has DiT.*UNet2DModel"):
         DiffusersBackbone(nn.Linear(1, 1), vp, "epsilon")
 
 

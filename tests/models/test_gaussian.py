@@ -97,9 +97,7 @@ def test_the_eulerian_residual_is_zero(t: float, schedule: NoiseSchedule) -> Non
 
 
 @pytest.mark.parametrize("name, gain", [("flow", 3.0), ("trig", 3.0), ("vp_scaled", 2.0)])
-def test_the_flow_map_is_the_end_of_a_fine_ode(
-    name: str, gain: float, processes: dict[str, NoiseSchedule]
-) -> None:
+def test_the_flow_map_is_the_end_of_a_fine_ode(name: str, gain: float, processes: dict[str, NoiseSchedule]) -> None:
     """Heun's method: half the step, a quarter of the error; less on VP, whose angle has a root at t = 0."""
     schedule, steps, errors = processes[name], (25, 50), []
     model, t = gaussian(schedule), torch.ones(1)

@@ -166,6 +166,19 @@ def test_pickled_weights_are_never_opened(innocent: bool, bare: Path) -> None:
     assert not marker.exists()
 
 
+def test_a_network_can_be_shaped_without_its_weights(bare: Path, pipeline: Path) -> None:
+    (bare / WEIGHTS).unlink()
+    (pipeline / "unet" / WEIGHTS).unlink()
+    shapes = []
+    for folder in (bare, pipeline):
+        net = loading.load(str(folder), weights=False).net
+        assert {p.device.type for p in net.parameters()} == {"meta"}
+        shapes.append([p.shape for p in net.parameters()])
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 50
+    new = loading.new({"class": "UNet2DModel", "num_class_embeds": 3}, weights=False)
+    assert {p.device.type for p in new.parameters()} == {"meta"}
+
+
 def test_a_new_network_is_built_from_its_arguments() -> None:
     net = loading.new({"class": "UNet2DModel", "block_out_channels": [32, 32, 32, 64], "num_class_embeds": 3})
     assert isinstance(net, diffusers.UNet2DModel) and net.config.num_class_embeds == 3

@@ -17,7 +17,7 @@ from fewstep.core.times import Times
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Objective, Triad, Turn
-from fewstep.rollout import Rollout, Step, renoise
+from fewstep.rollout import Rollout, Step, ode, renoise
 from fewstep.train.loop import train_step
 from fewstep.train.player import Player, PlayerConfig
 
@@ -137,12 +137,73 @@ class ConsistencyMap(Backbone):
         return Prediction(value, self.kind, x_t, t, self.schedule)
 
 
+class Recorder(Backbone):
+    """Records the inputs of `inner`."""
+
+    def __init__(self, inner: Backbone):
+        super().__init__()
+        self.inner, self.schedule, self.kind = inner, inner.schedule, inner.kind
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
+        self.seen.append((x_t, t))
+        return self.inner(x_t, t, cond)
+
+
+class Line(Backbone):
+    """value = c(t) + d(t) x, per coordinate, both from a small network of t: contains every Gaussian truth."""
+
+    def __init__(self, schedule: NoiseSchedule, kind: Kind):
+        super().__init__()
+        self.schedule, self.kind = schedule, kind
+        self.layers = nn.Sequential(nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 2))
+
+    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
+        when = torch.stack([t, t.square(), (3 * t).sin(), (3 * t).cos()], 1)
+        shift, rate = self.layers(when).chunk(2, 1)
+        return Prediction(shift + rate * x_t, self.kind, x_t, t, self.schedule)
+
+
+class Featured(GaussianModel):
+    """A Gaussian critic whose tap `trunk` is an MLP (B, 16, 8) of every pair of coordinates, scale and all."""
+
+    def __init__(self, mean: float, std: float, schedule: NoiseSchedule, kind: Kind):
+        super().__init__(mean, std, schedule, kind, learned=True)
+        self.trunk = nn.Sequential(nn.Linear(3, 8), nn.SiLU())
+        self.tap = "trunk"
+        self.stops: list[bool] = []
+
+    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
+        self.stops.append(stop)
+        pairs = x_t.unflatten(1, (-1, 2))
+        when = t[:, None, None].expand(*pairs.shape[:2], 1)
+        features = self.trunk(torch.cat([pairs, when], 2)) if taps else x_t
+        prediction = super().forward(x_t, t, cond)
+        prediction.features.update({name: features for name in taps})  # type: ignore[attr-defined]
+        return prediction
+
+
 def one_step() -> Rollout:
     return Rollout([Step(1.0, 1.0)])
 
 
 def walk(times: tuple[float, ...], transition: Any = renoise) -> Rollout:
     return Rollout([Step(t, t) for t in times], transition)
+
+
+def made(net: Backbone, times: tuple[float, ...], transition: Any = ode) -> tuple[float, float]:
+    """Mean and deviation of 64 x 32 samples from exact unit noise."""
+    (noise,) = whitened(1)
+    with torch.no_grad():
+        x = walk(times, transition)(net, noise, Condition(), Draw(0, 0, torch.arange(64))).x
+    return x.mean().item(), x.std(unbiased=False).item()
+
+
+def real_batch(step: int = 0, ids: Tensor | None = None, draw: type[Draw] = Draw) -> Batch:
+    """Noise and real samples of the teacher's law."""
+    source = draw(0, step, torch.arange(16) if ids is None else ids)
+    x0 = TEACHER[0] + TEACHER[1] * source.normal("real", (32,))
+    return Batch(source.normal("noise", (32,)), Condition(), source, x0)
 
 
 def gaussian_triad(

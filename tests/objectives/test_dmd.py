@@ -234,7 +234,7 @@ def test_the_law_of_a_student_is_what_its_rollout_makes() -> None:
         assert sample.x.std().item() == pytest.approx(std, rel=4 / (2 * count) ** 0.5)
 
 
-@pytest.mark.parametrize("weight", ["abs_mean", "snr"])
+@pytest.mark.parametrize("weight", ["abs_mean", pytest.param("snr", marks=pytest.mark.slow)])
 def test_learns_the_teacher_with_an_exact_critic(weight: str) -> None:
     """From (-.5, 1.3) to N(1, .7^2) in 32 dimensions: within 2 %, 1200 moves of Adam at 1e-2, cosine."""
     config = Config(weight=weight, regression=0)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from oracle import (
     CASES,
     STUDENT,
     TEACHER,
+    Featured,
     Renamed,
     Student,
     adam,
@@ -20,20 +21,19 @@ from oracle import (
     one_step,
     play,
     players_for,
+    real_batch,
     told_batch,
     walk,
     weights,
     whitened,
 )
-from torch import Tensor, nn
+from torch import nn
 
-from fewstep.core.batch import Batch, Condition
-from fewstep.core.draw import Draw
+from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import Flow, NoiseSchedule, add_noise
 from fewstep.models.backbone import Guided
-from fewstep.models.gaussian import GaussianModel
 from fewstep.models.head import Heads, MapHead
 from fewstep.objectives import dmd
 from fewstep.objectives.base import Triad
@@ -42,25 +42,6 @@ from fewstep.objectives.pieces import gan
 from fewstep.train.loop import train_step
 
 TIMES = (1.0, 0.75, 0.5, 0.25)
-
-
-class Featured(GaussianModel):
-    """A Gaussian critic whose tap `trunk` is an MLP (B, 16, 8) of every pair of coordinates, scale and all."""
-
-    def __init__(self, mean: float, std: float, schedule: NoiseSchedule, kind: Kind):
-        super().__init__(mean, std, schedule, kind, learned=True)
-        self.trunk = nn.Sequential(nn.Linear(3, 8), nn.SiLU())
-        self.tap = "trunk"
-        self.stops: list[bool] = []
-
-    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
-        self.stops.append(stop)
-        pairs = x_t.unflatten(1, (-1, 2))
-        when = t[:, None, None].expand(*pairs.shape[:2], 1)
-        features = self.trunk(torch.cat([pairs, when], 2)) if taps else x_t
-        prediction = super().forward(x_t, t, cond)
-        prediction.features.update({name: features for name in taps})  # type: ignore[attr-defined]
-        return prediction
 
 
 def with_gan(
@@ -76,13 +57,6 @@ def with_gan(
     objective = Objective(config, triad, walk(rollout_times))
     objective.attach(torch.zeros(2, 32), Condition())
     return objective
-
-
-def real_batch(step: int = 0, ids: Tensor | None = None, draw: type[Draw] = Draw) -> Batch:
-    """Noise and real samples of the teacher's law."""
-    source = draw(0, step, torch.arange(16) if ids is None else ids)
-    x0 = TEACHER[0] + TEACHER[1] * source.normal("real", (32,))
-    return Batch(source.normal("noise", (32,)), Condition(), source, x0)
 
 
 @pytest.mark.parametrize("schedule, kind, t", CASES, ids=CASE_NAMES)
@@ -217,8 +191,8 @@ def test_the_discriminator_loss_is_least_at_the_log_ratio() -> None:
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
     p, q = normal(0.4, 1.1), normal(-0.2, 0.9)
     logits = p.log_prob(x) - q.log_prob(x)
-    slope_fake = torch.autograd.functional.jacobian(lambda l: gan.discriminator_loss(l, l.detach()), logits)
-    slope_real = torch.autograd.functional.jacobian(lambda l: gan.discriminator_loss(l.detach(), l), logits)
+    slope_fake = torch.autograd.functional.jacobian(lambda z: gan.discriminator_loss(z, z.detach()), logits)
+    slope_real = torch.autograd.functional.jacobian(lambda z: gan.discriminator_loss(z.detach(), z), logits)
     total = q.log_prob(x).exp() * slope_fake + p.log_prob(x).exp() * slope_real
     assert total.abs().max() < 1e-16 and (p.log_prob(x).exp() * slope_real).abs().max() > 1e-6
 
@@ -329,7 +303,7 @@ def test_learns_the_teacher_in_two_steps_with_an_exact_critic() -> None:
     triad = Triad(student, base.real_score, base.fake_score)
     objective = Objective(Config(ratio=1, gan_weight=0), triad, walk(times))
     keep_critic_exact(objective, fresh=True)
-    learn(objective, players_for(objective, adam(1e-2, 1600), adam(1e-9)), 1600)
+    learn(objective, players_for(objective, adam(2e-2, 1000), adam(1e-9)), 1000, size=64)
     for index in (0, 1):
         assert exact_law(student, objective.rollout, index, 0.0, fresh=True) == pytest.approx(TEACHER, rel=0.02)
 

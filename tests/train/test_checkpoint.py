@@ -234,7 +234,7 @@ def test_a_failing_write_leaves_no_half_checkpoint(
     world = World()
     world.play(range(4))
     for step in (3, 4):  # one that is there already, and a new one
-        with pytest.raises(OSError, match="No space|disk full"):
+        with pytest.raises(OSError, match=r"No space|disk full"):
             world.save(saved.parent, step)
     assert sorted(p.name for p in saved.parent.iterdir()) == ["0000002", "0000003"]
     monkeypatch.undo()

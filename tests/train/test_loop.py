@@ -37,7 +37,8 @@ class Game:
     nets: dict[str, nn.Module] = field(default_factory=dict)
 
     def play(self, micro_batches: int, steps: int = 1, rows: int = 8) -> list[dict[str, float]]:
-        return [train_step(self.objective, batches(step, rows, micro_batches), step, self.players) for step in range(steps)]
+        parts = [batches(step, rows, micro_batches) for step in range(steps)]
+        return [train_step(self.objective, part, step, self.players) for step, part in enumerate(parts)]
 
     def weights(self) -> dict[str, Tensor]:
         parts = {name: nn.utils.parameters_to_vector(net.parameters()) for name, net in self.nets.items()}
@@ -75,14 +76,18 @@ class TwoPlayers(Objective):
 def test_micro_batches_equal_one_batch_in_numbers(parts: int) -> None:
     whole, split = game(TwoPlayers), game(TwoPlayers)
     for a, b in zip(whole.play(1, steps=3), split.play(parts, steps=3), strict=True):
-        assert set(a) == set(b) == {
-            "centre",
-            "spread",
-            "generator/loss",
-            "generator/grad_norm",
-            "fake_score/loss",
-            "fake_score/grad_norm",
-        }
+        assert (
+            set(a)
+            == set(b)
+            == {
+                "centre",
+                "spread",
+                "generator/loss",
+                "generator/grad_norm",
+                "fake_score/loss",
+                "fake_score/grad_norm",
+            }
+        )
         assert a == pytest.approx(b, abs=1e-6)
     for name, weights in whole.weights().items():
         assert (weights - split.weights()[name]).abs().max() < 1e-6
@@ -135,6 +140,21 @@ def test_what_a_bystander_was_left_with_does_not_count(parts: int) -> None:
     clean, leaky = game(Critic, leak=False), game(Critic, leak=True)
     clean_logs, leaky_logs = clean.play(parts)[0], leaky.play(parts)[0]
     assert leaky_logs["fake_score/grad_norm"] == clean_logs["fake_score/grad_norm"]
+    assert torch.equal(clean.weights()["fake_score"], leaky.weights()["fake_score"])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_leak_between_two_moves_does_not_count(parts: int) -> None:
+    class Between(Objective):
+        def turns(self, batch: Batch, step: int):
+            generator, critic = self.triad.generator, self.triad.fake_score
+            yield Turn("fake_score", critic(batch.noise).square().mean())
+            if self.config["leak"]:
+                yield Turn("generator", 100 * critic(generator(batch.noise)).square().mean(), move=False)
+            yield Turn("fake_score", (critic(batch.noise) - 1).square().mean())
+
+    clean, leaky = game(Between, leak=False), game(Between, leak=True)
+    assert clean.play(parts)[0]["fake_score/grad_norm"] == leaky.play(parts)[0]["fake_score/grad_norm"]
     assert torch.equal(clean.weights()["fake_score"], leaky.weights()["fake_score"])
 
 

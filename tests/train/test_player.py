@@ -102,7 +102,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
     before, state = weights(one), copy.deepcopy(one.optimizer.state[one.parameters[0]])
     shadow = one.followers["ema"].module.w.clone()
     one.parameters[0].grad = torch.tensor([1.0, bad, 0.0])
-    with pytest.raises(NonFinite, match="gradient of player generator is (nan|inf) at step 17: the move was refused"):
+    with pytest.raises(NonFinite, match=r"gradient of player generator is (nan|inf) at step 17: the move was refused"):
         one.move(17)
     assert torch.equal(weights(one), before) and one.moves == 1
     assert torch.equal(one.followers["ema"].module.w, shadow)

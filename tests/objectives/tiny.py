@@ -1,0 +1,143 @@
+"""Every objective on tiny class-conditional UNets, put together as a run is: for the contract and the golden curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from fewstep import build
+from fewstep.core.batch import Batch, Condition, Pair
+from fewstep.core.draw import Draw
+from fewstep.core.prediction import Kind
+from fewstep.core.schedule import Flow, NoiseSchedule, vp_from_betas
+from fewstep.models.backbone import Guided
+from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.objectives import base
+from fewstep.objectives.base import Objective, Triad
+from fewstep.rollout import Rollout, Step
+from fewstep.train.player import Player, PlayerConfig
+
+SMALL, WIDE = ((3, 8, 8), 8), ((1, 16, 16), 16)
+"""Image shape and channels of a network. The wide one is like a real one: activations outweigh weights and images."""
+LABELS, NULL = 4, 4
+
+PROCESSES: dict[str, tuple[NoiseSchedule, Kind]] = {
+    "flow": (Flow(), "flow_prediction"),
+    "vp": (vp_from_betas("scaled_linear", 0.00085, 0.012), "epsilon"),
+}
+
+GAN = {"gan_weight": 0.5, "gan_critic_weight": 0.5, "ratio": 2}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "consistency": {"": {}, "heun-self": {"solver": "heun", "target": "self"}, "training": {"mode": "training"}},
+    "dmd": {"": {}, "free": {"regression": 0.0, "ratio": 2}},
+    "dmd2": {
+        "": GAN,
+        "teacher": {**GAN, "gan_features": "teacher"},
+        "data": {**GAN, "backward_simulation": False},
+        "free": {"gan_weight": 0.0, "ratio": 2},
+    },
+    "phased_dmd": {"": {"ratio": 2}},
+    "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
+    "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
+}
+"""Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
+
+CASES = [
+    f"{name}{'-' if variant else ''}{variant}/{process}"
+    for name in base.names()
+    for variant in VARIANTS.get(name, {"": {}})
+    for process in PROCESSES
+]
+
+
+def unet(seed: int, shape: tuple[int, int, int], channels: int) -> nn.Module:
+    """A random UNet2DModel with 4 classes and a null class; 27 thousand weights where it is small."""
+    torch.manual_seed(seed)
+    return diffusers.UNet2DModel(
+        sample_size=shape[1],
+        in_channels=shape[0],
+        out_channels=shape[0],
+        block_out_channels=[channels, channels],
+        layers_per_block=1,
+        down_block_types=["DownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "UpBlock2D"],
+        attention_head_dim=4,
+        norm_num_groups=4,
+        num_class_embeds=LABELS + 1,
+    ).eval()
+
+
+@dataclass
+class Tiny:
+    objective: Objective
+    players: dict[str, Player]
+    shape: tuple[int, int, int]
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Everything that has weights; `own` are the objective's modules."""
+        triad = self.objective.triad
+        roles = {name: getattr(triad, name) for name in ("generator", "real_score", "fake_score")}
+        return {**{name: net for name, net in roles.items() if net is not None}, "own": self.objective}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {f"{role}.{name}": p for role, net in self.networks().items() for name, p in net.named_parameters()}
+
+    def of_player(self, name: str) -> set[str]:
+        """The names of the weights that move with a player."""
+        mine = {id(p) for p in self.players[name].parameters}
+        return {weight for weight, p in self.weights().items() if id(p) in mine}
+
+
+def make(
+    case: str, player: PlayerConfig, edit: Callable[[nn.Module], Any] = lambda net: None, sizes: Any = SMALL
+) -> Tiny:
+    """The run of a case such as dmd2-teacher/vp. `edit` is applied to every UNet."""
+    name, process = case.split("/")
+    name, _, variant = name.partition("-")
+    schedule, kind = PROCESSES[process]
+
+    def network(seed: int) -> DiffusersBackbone:
+        net = unet(seed, *sizes)
+        edit(net)
+        return DiffusersBackbone(net, schedule, kind, NULL)
+
+    module = base.find(name)
+    config = module.Config(**VARIANTS.get(name, {"": {}})[variant])
+    roles = module.Objective.needs(config)
+    networks: dict[str, Any] = {"generator": network(1)}
+    if "real_score" in roles:
+        networks["real_score"] = Guided(network(0), 1.5).requires_grad_(False)
+    if "fake_score" in roles:
+        networks["fake_score"] = network(2)
+    objective = module.Objective(config, Triad(**networks), Rollout([Step(1.0, 1.0), Step(0.5, 0.5)]))
+    torch.manual_seed(3)
+    objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
+    configs = {role: player for role in ("generator", "fake_score") if role in networks}
+    players = build.build_players(SimpleNamespace(players=configs), objective.triad, objective)  # type: ignore[arg-type]
+    return Tiny(objective, players, sizes[0])
+
+
+def batch(tiny: Tiny, step: int, ids: Tensor) -> Batch:
+    """Only what the objective says it reads is there."""
+    draw, shape, reads = Draw(5, step, ids), tiny.shape, tiny.objective.reads
+    cond = Condition({"class_labels": ids % LABELS})
+    images = 0.5 * draw.normal("images", shape)
+    stored = Pair(draw.normal("stored", shape), 0.5 * draw.normal("made", shape), cond)
+    return Batch(
+        draw.normal("noise", shape),
+        cond,
+        draw,
+        x0=images if "x0" in reads else None,
+        pair=stored if "pair" in reads else None,
+    )
+
+
+def batches(tiny: Tiny, step: int, size: int, parts: int = 1) -> list[Batch]:
+    ids = torch.arange(step * size, (step + 1) * size)
+    return [batch(tiny, step, part) for part in ids.chunk(parts)]

@@ -1,0 +1,147 @@
+"""Every YAML loads and takes two real steps with tiny weights; every mistake gets one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from fewstep import build, config
+from fewstep.core.errors import UserError
+from fewstep.models import schedulers
+from fewstep.train.loop import train_step
+
+CONFIGS = sorted(p for p in Path("configs").rglob("*.yaml") if p.name != "base.yaml")
+
+
+def tiny(file: Path, teacher: Path, sizes: dict[str, Any]) -> list[config.Config]:
+    overrides = ["batch=4", "pairs.count=8", "pairs.steps=2"]
+    if "teachers" in file.parts:
+        overrides += [f"model.network.{k}={v}" for k, v in sizes.items()]
+    else:
+        overrides.append(f"model.teacher={teacher}")
+    return config.load(file, overrides)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[p.stem for p in CONFIGS])
+def test_every_config_takes_two_steps(file: Path, tiny_teacher: Path, tiny_sizes: dict, tmp_path: Path) -> None:
+    for stage in tiny(file, tiny_teacher, tiny_sizes):
+        stage.start = {}
+        run = build.build(stage)
+        build.prepare(run, tmp_path)
+        before = {name: [p.clone() for p in player.parameters] for name, player in run.players.items()}
+        batches = build.batches(run)
+        for step in range(2):
+            train_step(run.objective, batches(step), step, run.players)
+        for name, player in run.players.items():
+            assert player.moves >= 1
+            assert any(not torch.equal(a, b) for a, b in zip(before[name], player.parameters, strict=True))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=[p.stem for p in CONFIGS])
+def test_resolved_config_loads_to_the_same(file: Path, tmp_path: Path) -> None:
+    stage = config.load(file)[-1]
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml(stage))
+    assert config.load(tmp_path / "resolved.yaml") == [stage]
+
+
+MISTAKES = {
+    "model.stepz=4": "Did you mean: 'steps'",
+    "objective.ratoi=4": "Did you mean: 'ratio'",
+    "objective.ratio=abc": "could not be converted to Integer",
+    "objective.name=dmd3": "there is no objective 'dmd3'",
+    "objective.times.low=0.99": "0 <= low < high <= 1",
+    "model.steps=0": "from 1 to 1000",
+    "model.transition=foo": "expected one of",
+    "batch=30 micro_batches=4": "cannot be split",
+    "players.generator.lr=-1": "a learning rate is above 0",
+    "players.generator.ema=1.0": "decay in [0, 1)",
+    "objective.ratio=1 objective.critic_on_generator_step=false": "critic never moved",
+    "steps": "not an override",
+}
+
+
+@pytest.mark.parametrize("given", MISTAKES)
+def test_mistakes_in_values(given: str) -> None:
+    with pytest.raises(UserError, match=r"\w") as caught:
+        config.load("configs/quickstart.yaml", given.split())
+    assert MISTAKES[given] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+BUILD_MISTAKES = {
+    "model.teacher=/nowhere/at/all": "there is no teacher at",
+    "model.network.class=UNet2DModel": "not both",
+    "players.critic.lr=1": "only the players generator, fake_score",
+    "data.source=/nowhere": "no folder",
+    "data.resolution=32": "makes 16x16 images",
+    "model.process.name=vp": "brings its own scheduler",
+    "start.real_score=teacher": "use generator or fake_score",
+    "start.generator=previous.generator": "there is no earlier stage",
+    "device=tpu": "device is auto, cpu or cuda",
+    "model.null_label=40": "from 0 to 12",
+    "model.experts=3": "number of phases",
+    "objective.name=consistency": "players.fake_score",
+}
+
+
+@pytest.mark.parametrize("given", BUILD_MISTAKES)
+def test_mistakes_in_building(given: str, tiny_teacher: Path) -> None:
+    overrides = [f"model.teacher={tiny_teacher}", given]
+    with pytest.raises(UserError) as caught:
+        build.build(config.load("configs/quickstart.yaml", overrides)[0])
+    assert BUILD_MISTAKES[given] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_guidance_needs_a_null_class(tiny_sizes: dict, tmp_path: Path) -> None:
+    net = diffusers.UNet2DModel(**{**tiny_sizes, "num_class_embeds": 12})
+    diffusers.ConsistencyModelPipeline(unet=net, scheduler=schedulers.flow_scheduler()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no null class"):
+        build.build(config.load("configs/quickstart.yaml", [f"model.teacher={tmp_path}", "model.guidance=2"])[0])
+
+
+def test_bare_model_folder_and_image_folder_are_one_yaml(tiny_sizes: dict, tmp_path: Path) -> None:
+    """Somebody's class-conditional flow network on their own images."""
+    from PIL import Image
+
+    diffusers.UNet2DModel(**{**tiny_sizes, "num_class_embeds": 3}).save_pretrained(tmp_path / "unet")
+    for i, name in enumerate(("cats", "dogs")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for j in range(3):
+            Image.new("RGB", (20, 24), (40 * i, 50 * j, 90)).save(tmp_path / "images" / name / f"{j}.png")
+    (tmp_path / "images" / "cats" / "broken.png").write_bytes(b"not an image")
+    (tmp_path / "mine.yaml").write_text(
+        f"""
+name: mine
+batch: 4
+model: {{teacher: {tmp_path}/unet, process: {{name: flow}}, prediction: flow_prediction}}
+objective: {{name: dmd2}}
+players: {{generator: {{lr: 1.0e-4}}, fake_score: {{lr: 1.0e-4}}}}
+data: {{source: {tmp_path}/images, resolution: 16}}
+"""
+    )
+    run = build.build(config.load(tmp_path / "mine.yaml")[0])
+    assert run.source.labels == ("cats", "dogs")
+    assert [p.name for p in run.source.skipped] == ["broken.png"]  # type: ignore[attr-defined]
+    assert run.teacher.null_label == 2
+    batch = build.batches(run)(0)
+    logs = train_step(run.objective, batch, 0, run.players)
+    assert logs["fake_score/loss"] > 0
+    assert batch[0].x0 is not None and batch[0].x0.shape == (4, 3, 16, 16)
+
+
+def test_an_epoch_visits_every_image_once(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from fewstep.data.source import FolderSource
+
+    for i in range(7):
+        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    source = FolderSource(tmp_path, 8, seed=3)
+    first, second = (source.images(torch.arange(7) + 7 * epoch)[:, 0, 0, 0] for epoch in range(2))
+    assert torch.equal(first.sort().values, second.sort().values)
+    assert not torch.equal(first, second)
