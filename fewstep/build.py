@@ -170,6 +170,11 @@ def assemble(config: Config, device: torch.device, source: Source, teacher: Teac
     if device.type != "meta":
         start(config, triad, previous)
     objective = kind(config.objective, triad, rollout)
+    if config.batch // config.micro_batches % objective.group:
+        raise UserError(
+            f"objective {config.objective.name} needs {objective.group} samples a group: "  # type: ignore[attr-defined]
+            f"make batch / micro_batches a multiple of it, not {config.batch // config.micro_batches}"
+        )
     objective.attach(torch.zeros(2, *shape, device=device), condition(source, torch.arange(2)).to(device))
     objective.to(device)
     players = build_players(config, triad, objective)
@@ -226,9 +231,6 @@ def load_weights(network: nn.Module, state: dict[str, torch.Tensor], what: str) 
         for expert in network.experts:
             load_weights(expert, state, what)
         return
-    if isinstance(network, Routed):
-        state = {k: v for k, v in state.items() if not k.startswith("inner.")}
-        state |= {k.replace("experts.0.", "inner."): v for k, v in state.items() if k.startswith("experts.0.")}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -248,7 +250,8 @@ def latest(run: Path) -> Path:
 def build_players(config: Config, triad: Triad, objective: Objective) -> dict[str, Player]:
     """One player for each role that learns, the objective's own modules joined to it."""
     learns = objective.learns()
-    wanted = ["generator"] + (["fake_score"] if triad.fake_score is not None else [])
+    networks = {role: net for role, net in vars(triad).items() if net is not None and role != "real_score"}
+    wanted = [*networks, *(name for name in learns if name not in networks)]
     for name in config.players:
         if name not in wanted:
             raise UserError(f"players.{name}: this objective has only the players {', '.join(wanted)}")
@@ -256,7 +259,8 @@ def build_players(config: Config, triad: Triad, objective: Objective) -> dict[st
     for name in wanted:
         if name not in config.players:
             raise UserError(f"players.{name} is missing: set at least players.{name}.lr")
-        player = Player(name, [getattr(triad, name), *learns.get(name, [])], config.players[name])
+        own = [networks[name]] if name in networks else []
+        player = Player(name, [*own, *learns.get(name, [])], config.players[name])
         if player.config.ema:
             player.followers["ema"] = Follower(player.modules[0], ema_decay(player.config.ema))
         players[name] = player
@@ -276,11 +280,13 @@ def batches(run: Run) -> Callable[[int], list[Batch]]:
 
     def one(ids: torch.Tensor, step: int) -> Batch:
         draw = Draw(config.seed, step, ids)
+        # The rows of a group share one condition: that of the group's first sample.
+        heads = ids - ids % run.objective.group
         return Batch(
             noise=draw.normal("noise", run.shape),
-            cond=condition(run.source, ids),
+            cond=condition(run.source, heads),
             draw=draw,
-            x0=run.source.images(ids.cpu()).to(run.device) if "x0" in reads else None,
+            x0=run.source.images(heads.cpu()).to(run.device) if "x0" in reads else None,
             pair=run.pairs.of(draw).to(run.device) if run.pairs is not None else None,
         )
 

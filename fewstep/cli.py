@@ -127,11 +127,22 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also stand behind options, where argparse leaves them over."""
+    commands = parser()
+    args, left = commands.parse_known_args(arguments)
+    if left and (not hasattr(args, "overrides") or any(text.startswith("-") or "=" not in text for text in left)):
+        commands.error(f"unrecognised arguments: {' '.join(left)}")
+    if left:
+        args.overrides += left
+    return args
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C."""
     # xformers logs a page when it finds another torch than it was built for; diffusers imports it unasked.
     logging.getLogger("xformers").setLevel(logging.ERROR)
-    args = parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
         args.call(args)
     except UserError as error:

@@ -69,6 +69,8 @@ class Training:
         )
         self.bar.update()
         self.bar.set_postfix({k.split("/")[-1]: f"{logs[k]:.3g}" for k in _SHOWN if k in logs}, refresh=False)
+        if config.evals.measure_every and done % config.evals.measure_every == 0 and done < config.steps:
+            self.measure(done)
         if config.evals.every and (done % config.evals.every == 0 or done == config.steps):
             self.look(done)
         due = done % config.save.every == 0 or done == config.steps
@@ -80,6 +82,15 @@ class Training:
         from fewstep import measure
 
         measure.save_student_grid(self.run, self.folder.samples / f"{done:07d}.png")
+
+    def measure(self, done: int) -> None:
+        from fewstep import measure
+
+        net, rollout = measure.student(self.run)
+        truth = measure.truth_of(self.run.source)
+        row = measure.measure("student", self.run, net, rollout, truth, self.run.config.evals.samples)
+        numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+        self.folder.append("evals.jsonl", {"step": done, **numbers})
 
     def save(self, done: int) -> Path:
         try:
@@ -115,6 +126,11 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
             train(run.objective, building.batches(run), run.players, range(done, config.steps), training.after)
         except NonFinite as error:
             raise UserError(f"{error}; {_good(folder)}") from None
+        except OSError as error:
+            raise UserError(
+                f"{folder.root} could not be written ({error.strerror or error}): make room and continue with "
+                f"--resume {folder.root}; {_good(folder)}"
+            ) from None
         finally:
             training.bar.close()
     if interrupts.asked and (last := checkpoint.available(folder.checkpoints)):

@@ -87,13 +87,17 @@ class Guided(Composite):
         return replace(prediction, value=value, x_t=x_t, t=t)
 
 
-class Blend(Composite):
+class Blend(Backbone):
     """The weighted mean of backbones on one process, sum_i w_i x0_i / sum_i w_i, read as the first one's kind."""
 
     def __init__(self, parts: Sequence[Backbone], weights: Sequence[float]):
-        super().__init__(parts[0])
+        super().__init__()
         self.parts = nn.ModuleList(parts)
         self.weights = tuple(weights)
+        self.schedule, self.kind = parts[0].schedule, parts[0].kind
+
+    def null(self, cond: Condition) -> Condition:
+        return self.parts[0].null(cond)  # type: ignore[operator]
 
     def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
         if taps or stop:
@@ -105,15 +109,19 @@ class Blend(Composite):
         return replace(first, value=first.target(x0, eps))
 
 
-class Routed(Composite):
+class Routed(Backbone):
     """One expert for each stretch of time: expert i serves t in (bounds[i], bounds[i - 1]], noisiest first."""
 
     def __init__(self, experts: Sequence[Backbone], bounds: Sequence[float]):
-        super().__init__(experts[0])
+        super().__init__()
         if len(bounds) != len(experts) - 1 or list(bounds) != sorted(bounds, reverse=True):
             raise ValueError(f"{len(experts)} experts need {len(experts) - 1} descending bounds, got {list(bounds)}")
         self.experts = nn.ModuleList(experts)
         self.bounds = tuple(bounds)
+        self.schedule, self.kind = experts[0].schedule, experts[0].kind
+
+    def null(self, cond: Condition) -> Condition:
+        return self.experts[0].null(cond)  # type: ignore[operator]
 
     def route(self, t: Tensor) -> Tensor:
         """(B,) index of the expert in charge."""

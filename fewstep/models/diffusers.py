@@ -102,9 +102,16 @@ class DiffusersBackbone(Backbone):
             return super().null(cond)
         return cond.with_inputs(class_labels=torch.full_like(cond.inputs["class_labels"], self.null_label))
 
+    def _refuse_unheard(self, cond: Condition, to: Tensor | None) -> None:
+        """A scalar the network has no input for would be ignored without a word."""
+        unheard = [name for name in cond.dials if name not in self.dials]
+        unheard += ["to"] if to is not None and SECOND_TIME not in self.dials else []
+        if unheard:
+            raise ValueError(f"this network has no dial for {', '.join(unheard)}: call add_dial first")
+
     def _embedding_hook(self, cond: Condition, to: Tensor | None):
         values = {**cond.dials, **({} if to is None else {SECOND_TIME: to})}
-        extra = sum(self.dials[name](values[name]) for name in self.dials if name in values)
+        extra = sum(self.dials[name](value) for name, value in values.items())
 
         def add(module: nn.Module, args: object, output: Tensor) -> Tensor:
             return output + extra
@@ -121,8 +128,9 @@ class DiffusersBackbone(Backbone):
         taps: Sequence[str] = (),
         stop: bool = False,
     ) -> Prediction:
+        self._refuse_unheard(cond, to)
         timestep = network_time(self.schedule, t)
-        handle = self._embedding_hook(cond, to) if self.dials else None
+        handle = self._embedding_hook(cond, to) if cond.dials or to is not None else None
         value = x_t.new_empty(0)
         try:
             with tapped(self.net, taps, stop) as features, suppress(Stopped):

@@ -56,11 +56,13 @@ class Objective(nn.Module):
     """A method. Subclasses are called `Objective`, one a file, beside a dataclass called `Config`.
 
     `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses (x0, pair).
+    `group` samples next to each other share a condition and stay in one micro-batch.
     Own modules and buffers are saved with the run; `learns` says which player each joins.
     """
 
     roles: ClassVar[tuple[str, ...]] = ("generator",)
     reads: tuple[str, ...] = ()
+    group: int = 1
 
     def __init__(self, config: Any, triad: Triad, rollout: Rollout):
         super().__init__()
