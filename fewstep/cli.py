@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,6 +141,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C."""
+    # Two threads that spin for each other stall for seconds when a third process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # xformers logs a page when it finds another torch than it was built for; diffusers imports it unasked.
     logging.getLogger("xformers").setLevel(logging.ERROR)
     args = _parse(arguments)

@@ -165,7 +165,7 @@ def row(name: str, images: Tensor, labels: Tensor, truth: Truth, source: Source)
         "name": name,
         "frechet": frechet_distance(Statistics.of(features), truth.statistics),
         **asdict(near),
-        "diversity": same_label_diversity(features, labels, (truth.features[:count], truth.labels[:count])),
+        "diversity": same_label_diversity(features, labels, (truth.features[:2000], truth.labels[:2000])),
         "samples": count,
     }
     if source.labels == LABELS:

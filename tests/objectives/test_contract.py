@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CASES, WIDE, Tiny, batch, batches, make
+from tiny import CASES, WIDE, Tiny, batches, make, turns
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fewstep.objectives.base import Turn
 from fewstep.train.loop import train_step
 from fewstep.train.player import PlayerConfig
 
@@ -37,20 +36,20 @@ def test_a_turn_touches_its_player_alone(case: str) -> None:
     trainable = {name for name, p in tiny.weights().items() if p.requires_grad}
     played = set()
     for step in range(4):
-        for turn in tiny.objective.turns(batch(tiny, step, torch.arange(4)), step):
+        for turn in turns(tiny, step):
             assert torch.is_grad_enabled()
             assert trainable == {name for name, p in tiny.weights().items() if p.requires_grad}
-            assert isinstance(turn, Turn)
             for player in tiny.players.values():
                 player.clear()
             turn.loss.backward()
             mine = tiny.of_player(turn.player)
             assert {name for name, p in tiny.weights().items() if p.grad is not None} <= mine
-            before = snapshot(tiny)
-            tiny.players[turn.player].move(step)
-            changed = moved(before, tiny)
-            assert changed and changed <= mine
             played.add(turn.player)
+            if turn.move:
+                before = snapshot(tiny)
+                tiny.players[turn.player].move(step)
+                changed = moved(before, tiny)
+                assert changed and changed <= mine
     assert played == set(tiny.players)
     assert trainable == set().union(*(tiny.of_player(name) for name in tiny.players))
 
@@ -97,7 +96,7 @@ def gradients(case: str, checkpointed: bool, steps: int = 2) -> tuple[Tiny, dict
     tiny = make(case, SMOOTH, lambda net: net.enable_gradient_checkpointing() if checkpointed else None)
     total: dict[str, Tensor] = {}
     for step in range(steps):
-        for turn in tiny.objective.turns(batch(tiny, step, torch.arange(4)), step):
+        for turn in turns(tiny, step):
             for player in tiny.players.values():
                 player.clear()
             turn.loss.backward()
@@ -133,7 +132,7 @@ def test_an_objective_that_does_not_say_it_reads_data_needs_none(case: str) -> N
     tiny = make(case, SMOOTH)
     reads = tiny.objective.reads
     assert set(reads) <= {"x0", "pair"}
-    given = batch(tiny, 0, torch.arange(2))
+    (given,) = batches(tiny, 0, 2)
     assert (given.x0 is None) == ("x0" not in reads) and (given.pair is None) == ("pair" not in reads)
     train_step(tiny.objective, [given], 0, tiny.players)
 
@@ -210,12 +209,7 @@ def test_a_graph_that_is_kept_would_be_noticed() -> None:
     """The measurement can fail: adding up the four losses and differentiating once takes over twice the memory."""
     tiny = make("diffusion/flow", PlayerConfig(lr=1e-4), sizes=WIDE)
     with LiveBytes() as live:
-        losses = [
-            turn.loss
-            for part in batches(tiny, 0, 24, 4)
-            for turn in tiny.objective.turns(part, 0)
-            if isinstance(turn, Turn)
-        ]
+        losses = [turn.loss for step in range(4) for turn in turns(tiny, step, 6)]
         torch.stack(losses).sum().backward()
     assert live.peak > 2 * peak("diffusion/flow", 1)[0]
 
@@ -223,7 +217,7 @@ def test_a_graph_that_is_kept_would_be_noticed() -> None:
 def test_networks_start_apart_and_labels_matter() -> None:
     """The contract's networks are not degenerate: another class gives another answer, and the roles differ."""
     tiny = make("dmd2/vp", SMOOTH)
-    given = batch(tiny, 0, torch.arange(4))
+    (given,) = batches(tiny, 0, 4)
     other = given.cond.with_inputs(class_labels=(given.cond.inputs["class_labels"] + 1) % 4)
     nets: list[nn.Module] = [tiny.objective.triad.generator, tiny.objective.triad.fake_score]
     answers = [net(given.noise, torch.full((4,), 0.5), given.cond).value for net in nets]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from fewstep.core.schedule import Flow, NoiseSchedule, vp_from_betas
 from fewstep.models.backbone import Guided
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.objectives import base
-from fewstep.objectives.base import Objective, Triad
+from fewstep.objectives.base import Objective, Share, Triad, Turn
 from fewstep.rollout import Rollout, Step
 from fewstep.train.player import Player, PlayerConfig
 
@@ -118,16 +118,17 @@ def make(
     objective = module.Objective(config, Triad(**networks), Rollout([Step(1.0, 1.0), Step(0.5, 0.5)]))
     torch.manual_seed(3)
     objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
-    configs = {role: player for role in ("generator", "fake_score") if role in networks}
+    configs = {name: player for name in {**networks, **objective.learns()} if name != "real_score"}
     players = build.build_players(SimpleNamespace(players=configs), objective.triad, objective)  # type: ignore[arg-type]
     return Tiny(objective, players, sizes[0])
 
 
 def batch(tiny: Tiny, step: int, ids: Tensor) -> Batch:
-    """Only what the objective says it reads is there."""
+    """Only what the objective says it reads is there; the samples of a group share their condition and data."""
     draw, shape, reads = Draw(5, step, ids), tiny.shape, tiny.objective.reads
-    cond = Condition({"class_labels": ids % LABELS})
-    images = 0.5 * draw.normal("images", shape)
+    first = ids - ids % tiny.objective.group
+    cond = Condition({"class_labels": first // tiny.objective.group % LABELS})
+    images = 0.5 * Draw(5, step, first).normal("images", shape)
     stored = Pair(draw.normal("stored", shape), 0.5 * draw.normal("made", shape), cond)
     return Batch(
         draw.normal("noise", shape),
@@ -139,5 +140,20 @@ def batch(tiny: Tiny, step: int, ids: Tensor) -> Batch:
 
 
 def batches(tiny: Tiny, step: int, size: int, parts: int = 1) -> list[Batch]:
+    """`size` samples, or groups of them, in `parts` micro-batches."""
+    size *= tiny.objective.group
     ids = torch.arange(step * size, (step + 1) * size)
     return [batch(tiny, step, part) for part in ids.chunk(parts)]
+
+
+def turns(tiny: Tiny, step: int, size: int = 4) -> Iterator[Turn]:
+    """The turns of one step on one micro-batch; what it asks to share is its own."""
+    playing, answer = tiny.objective.turns(batches(tiny, step, size)[0], step), None
+    while True:
+        try:
+            turn = playing.send(answer)
+        except StopIteration:
+            return
+        answer = turn.value if isinstance(turn, Share) else None
+        if isinstance(turn, Turn):
+            yield turn
