@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +117,23 @@ class Rollout:
         grad: int = 0,
         purpose: str = "rollout",
     ) -> Sample:
-        """Rolls out through step `exit` (default: the last) and returns its Sample.
+        """Rolls out through step `exit` (default: the last) and returns its Sample; see `walk`."""
+        *_, sample = self.walk(net, noise, cond, draw, exit=exit, stop=stop, grad=grad, purpose=purpose)
+        return sample
+
+    def walk(
+        self,
+        net: Backbone,
+        noise: Tensor,
+        cond: Condition,
+        draw: Draw,
+        *,
+        exit: int | None = None,
+        stop: float = 0.0,
+        grad: int = 0,
+        purpose: str = "rollout",
+    ) -> Iterator[Sample]:
+        """Every step's Sample through step `exit` (default: the last).
 
         `noise` (B, *S) is unit normal. `stop` is the level the last step hands its state on at; 0 hands on x0.
         `grad`: how many of the last steps carry a gradient; the others run without. Fresh noise comes from `draw`.
@@ -131,6 +147,6 @@ class Rollout:
                 to = after * rows if self.two_times else None
                 prediction = net(x, here.told * rows, cond, to=to).at(here.level * rows)
                 x0, x_t, s = prediction.x0, x, after * rows
-                if after > 0:
-                    x = self.step(prediction, s, partial(draw.normal, f"{purpose}.{i}", noise.shape[1:]))
-        return Sample(x if stop > 0 else x0, s, x0, x_t, here.level * rows, last)
+                fresh = partial(draw.normal, f"{purpose}.{i}", noise.shape[1:])
+                x = self.step(prediction, s, fresh) if after > 0 else x0
+            yield Sample(x, s, x0, x_t, here.level * rows, i)

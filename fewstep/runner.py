@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fewstep import build as building
+from fewstep import measure
 from fewstep.build import Run
 from fewstep.config import Config, to_yaml
 from fewstep.core.errors import UserError
@@ -20,7 +21,18 @@ from fewstep.train.loop import Logs, train
 from fewstep.train.player import NonFinite
 from fewstep.train.rundir import RunDir
 
-_SHOWN = ("generator/loss", "gap", "lag", "generator/grad_norm", "x0/std", "gan/accuracy")
+# What the progress bar shows, each as last seen: a player that rests at a step logs nothing.
+_SHOWN = {
+    "generator/loss": "loss",
+    "gap": "gap",
+    "lag": "lag",
+    "generator/grad_norm": "G grad",
+    "fake_score/grad_norm": "F grad",
+    "x0/mean": "x0 mean",
+    "x0/std": "std",
+    "x0/saturated": "sat",
+    "gan/accuracy": "D acc",
+}
 
 
 class Interrupts:
@@ -56,6 +68,7 @@ class Training:
         self.run, self.folder, self.interrupts = run, folder, interrupts
         self.bar = tqdm(total=run.config.steps, initial=done, unit="step", desc=run.config.name, dynamic_ncols=True)
         self.images = done * run.config.batch
+        self.seen: Logs = {}
         self.started = time.perf_counter()
 
     def after(self, step: int, logs: Logs) -> bool:
@@ -68,7 +81,9 @@ class Training:
             "log.jsonl", {"step": done, "seconds": seconds, "images": self.images, **moves, **rates, **logs}
         )
         self.bar.update()
-        self.bar.set_postfix({k.split("/")[-1]: f"{logs[k]:.3g}" for k in _SHOWN if k in logs}, refresh=False)
+        self.seen |= logs
+        shown = {short: f"{self.seen[k]:.3g}" for k, short in _SHOWN.items() if k in self.seen}
+        self.bar.set_postfix(shown, refresh=False)
         if config.evals.measure_every and done % config.evals.measure_every == 0 and done < config.steps:
             self.measure(done)
         if config.evals.every and (done % config.evals.every == 0 or done == config.steps):
@@ -79,13 +94,9 @@ class Training:
         return self.interrupts.asked is not None
 
     def look(self, done: int) -> None:
-        from fewstep import measure
-
         measure.save_student_grid(self.run, self.folder.samples / f"{done:07d}.png")
 
     def measure(self, done: int) -> None:
-        from fewstep import measure
-
         net, rollout = measure.student(self.run)
         truth = measure.truth_of(self.run.source)
         row = measure.measure("student", self.run, net, rollout, truth, self.run.config.evals.samples)

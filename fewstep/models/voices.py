@@ -45,8 +45,8 @@ class Shared(nn.Module):
     """One network for several roles: frozen, in evaluation mode, with one LoRA adapter for each of `voices`.
 
     `as_(name)` is a voice, `as_(None)` the bare network. The layers of `backbone.net` are replaced in place; while
-    no voice speaks the network says what it said before. Move or cast `Shared` itself: a voice only has its own
-    tensors. Raises UserError for a name or targets that cannot be.
+    no voice speaks the network says what it said before. Cast the network before and move `Shared` itself: adapters
+    are float32, and a voice has no other tensors. Raises UserError for a name or targets that cannot be.
     """
 
     def __init__(self, backbone: DiffusersBackbone, voices: Mapping[str, LoraSpec]):

@@ -1,0 +1,52 @@
+"""The built-in teachers: what is stored beside them is about these weights, and a spot check agrees with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import build, config, measure
+from fewstep.data.scenes import ATTRIBUTES
+from fewstep.data.source import SceneSource
+from fewstep.evals.attributes import label_accuracy
+from fewstep.evals.frechet import Statistics, frechet_distance
+
+TEACHERS = ("scenes-flow", "scenes-vp")
+
+
+@pytest.fixture(params=TEACHERS)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return Path("assets/teachers") / request.param
+
+
+def test_weights_are_small_and_the_stored_row_is_theirs(folder: Path) -> None:
+    weights = list(folder.rglob("*.safetensors"))
+    assert sum(w.stat().st_size for w in weights) < 8e6
+    record = json.loads((folder / "evals.json").read_text())
+    assert record["weights_sha256"] == measure.weights_sha256(folder)
+    assert record["rows"]["2000"]["samples"] == 2000
+
+
+def test_fifty_steps_draw_what_the_stored_row_says(folder: Path) -> None:
+    """96 images at other noise; six standard errors of a binomial share at most."""
+    stored = json.loads((folder / "evals.json").read_text())["rows"]["2000"]
+    run = build.build(config.load("configs/quickstart.yaml", [f"model.teacher={folder}"])[0])
+    labels = torch.arange(96) % 12
+    images = measure.generate(*measure.teacher(run, 50), labels, 96, run.shape, seed=5)
+    read, _ = measure.reader().read(images)
+    expected = stored["label_accuracy"]
+    assert abs(label_accuracy(read, labels, ATTRIBUTES) - expected) < 6 * (expected * (1 - expected) / 96) ** 0.5 + 0.02
+    assert images.min() >= -1 and images.max() <= 1
+
+
+def test_truth_is_the_stored_truth() -> None:
+    """2,000 fresh scenes lie at the floor that was stored with the statistics."""
+    truth = measure.truth_of(SceneSource(16, 0))
+    source = SceneSource(16, seed=99)
+    features = torch.cat([measure.reader().read(source.images(ids))[1] for ids in torch.arange(2000).split(500)])
+    floor = json.loads(Path("assets/truth/scenes16.json").read_text())["floor"]["2000"]
+    assert frechet_distance(Statistics.of(features), truth.statistics) == pytest.approx(floor, rel=0.5)
+    assert "50000" in truth.protocol
