@@ -13,6 +13,15 @@ from fewstep.core.prediction import KINDS, Kind
 from fewstep.core.schedule import VP, Flow, NoiseSchedule, shift
 from fewstep.core.times import Step
 
+_BETAS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
 
 def read(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
     """The process and the prediction kind a diffusers scheduler stands for.
@@ -50,16 +59,8 @@ def flow_scheduler(flow_shift: float = 1.0) -> Any:
 
 def vp_scheduler(kind: Kind, betas: Mapping[str, Any]) -> Any:
     """DDIM with trailing timesteps; `betas` has beta_schedule, beta_start, beta_end (or trained_betas) and so on."""
-    names = (
-        "num_train_timesteps",
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
     return diffusers.DDIMScheduler(
-        **{name: betas[name] for name in names if name in betas},
+        **{name: betas[name] for name in _BETAS if name in betas},
         prediction_type=kind,
         timestep_spacing="trailing",
         clip_sample=False,
@@ -83,16 +84,8 @@ def student_scheduler(teacher: Any, kind: Kind, transition: str, steps: int, flo
         raise UserError(f"no stock diffusers scheduler does the transition '{transition}': use ode or renoise")
     if transition == "ode" or steps == 1:
         return vp_scheduler(kind, teacher.config)
-    names = (
-        "num_train_timesteps",
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
     return diffusers.LCMScheduler(
-        **{name: teacher.config[name] for name in names if name in teacher.config},
+        **{name: teacher.config[name] for name in _BETAS if name in teacher.config},
         prediction_type=kind,
         original_inference_steps=steps,
         clip_sample=False,
