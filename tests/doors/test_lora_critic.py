@@ -79,8 +79,7 @@ def answer(net: Backbone, images: Any) -> Tensor:
         return net(batch.noise, LEVEL, batch.cond).value
 
 
-@pytest.mark.parametrize("features", ["fake", "teacher"])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("features, checkpointed", [("fake", False), ("fake", True), ("teacher", True)])
 def test_a_lora_critic_beside_a_full_generator(tiny_unet: Make, images: Any, checkpointed: bool, features: str) -> None:
     """The base does not change by a bit; every tensor of the critic's adapter moves, and so does the generator."""
     one, generator = shared(tiny_unet, checkpointed), network(tiny_unet)

@@ -172,9 +172,11 @@ class Featured(GaussianModel):
         self.trunk = nn.Sequential(nn.Linear(3, 8), nn.SiLU())
         self.tap = "trunk"
         self.stops: list[bool] = []
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
         self.stops.append(stop)
+        self.seen.append((x_t.detach(), t))
         pairs = x_t.unflatten(1, (-1, 2))
         when = t[:, None, None].expand(*pairs.shape[:2], 1)
         features = self.trunk(torch.cat([pairs, when], 2)) if taps else x_t

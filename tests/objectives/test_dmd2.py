@@ -164,22 +164,23 @@ def test_backward_simulation_makes_the_students_own_states() -> None:
     assert x_t.std().item() == pytest.approx(deviation, rel=4 / (2 * x_t.numel()) ** 0.5)
 
 
-def test_without_backward_simulation_later_steps_start_from_noised_data() -> None:
-    student = Student(Flow(), [STUDENT] * 4, TIMES)
-    base = gaussian_triad(Flow(), "flow_prediction")
+@pytest.mark.parametrize("process", ["flow", "vp_linear"])
+def test_without_backward_simulation_later_steps_start_from_noised_data(process: str, processes) -> None:
+    """And the first one from unit noise alone, though alpha at t = 1 may be above zero."""
+    schedule = processes[process]
+    student = Student(schedule, [STUDENT] * 4, TIMES)
+    base = gaussian_triad(schedule, "epsilon")
     config = Config(gan_weight=0, backward_simulation=False)
     objective = Objective(config, Triad(student, base.real_score, base.fake_score), walk(TIMES))
     seen = set()
     for step in range(0, 100, 5):
-        batch, level = real_batch(step), 0.0
+        batch = real_batch(step)
         student.seen.clear()
         sample = objective.sample(batch, step, True)
-        level = TIMES[sample.index]
-        rows = torch.full((16,), level)
+        rows = torch.full((16,), TIMES[sample.index])
         assert len(student.seen) == 1 and torch.equal(sample.t, rows) and (sample.s == 0).all()
-        assert torch.allclose(student.seen[0], add_noise(Flow(), batch.x0, batch.noise, rows), atol=1e-6)
-        if sample.index == 0:
-            assert torch.equal(student.seen[0], batch.noise)
+        noised = batch.noise if sample.index == 0 else add_noise(schedule, batch.x0, batch.noise, rows)
+        assert torch.equal(student.seen[0], noised)
         assert sample.x0.requires_grad and torch.equal(sample.x, sample.x0)
         assert not objective.sample(batch, step, False).x0.requires_grad
         seen.add(sample.index)
@@ -267,6 +268,45 @@ def test_the_critic_learns_from_denoising_and_the_discriminator_together() -> No
     variance = STUDENT[1] ** 2 / (0.6**2 * STUDENT[1] ** 2 + 0.4**2)  # the posterior variance of eps - x0
     assert turn.loss == pytest.approx(variance + 0.7 * turn.logs["gan/critic"], rel=1e-4)
     assert 0 <= turn.logs["gan/accuracy"] <= 1
+
+
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_the_discriminator_compares_samples_with_real_images(features: str) -> None:
+    """Rebuilt from its parts: softplus(l_fake) + softplus(-l_real) on (.6 x + .4 eps) of either, t = .4."""
+    objective = with_gan(Flow(), "flow_prediction", features, critic_times=at(0.4))
+    noise, eps = whitened(2)
+    batch = told_batch(noise, eps, x0=real_batch(ids=torch.arange(64)).x0)
+    turn = play(objective, batch, step=1)["fake_score"]
+    with torch.no_grad():
+        fake, real = (
+            objective.heads(  # type: ignore[misc]
+                dict(
+                    objective.watched(
+                        0.6 * x + 0.4 * eps, torch.full((64,), 0.4), Condition(), taps=("trunk",)
+                    ).features
+                )
+            )
+            for x in (STUDENT[0] + STUDENT[1] * noise, batch.x0)
+        )
+    loss = nn.functional.softplus(fake).mean() + nn.functional.softplus(-real).mean()
+    assert turn.logs["gan/critic"] == pytest.approx(loss.item(), rel=1e-5)
+    assert turn.logs["gan/accuracy"] == pytest.approx(gan.accuracy(fake, real).item(), abs=0.01)
+
+
+def test_real_images_are_noised_on_their_own() -> None:
+    """Neither the times nor the noises of samples and real images have anything to do with each other."""
+    objective = with_gan(Flow(), "flow_prediction")
+    critic, batch = objective.triad.fake_score, real_batch(1, torch.arange(4096))
+    critic.seen.clear()
+    list(objective.turns(batch, 1))
+    (x_fake, t_fake), (x_real, t_real) = critic.seen
+    made = STUDENT[0] + STUDENT[1] * batch.noise
+    of_fake = (x_fake - (1 - t_fake[:, None]) * made) / t_fake[:, None]
+    of_real = (x_real - (1 - t_real[:, None]) * batch.x0) / t_real[:, None]
+    clear = (t_fake > 0.05) & (t_real > 0.05)  # rounding in x_t is divided by t
+    for a, b, count in ((t_fake, t_real, 4096), (of_fake[clear], of_real[clear], int(clear.sum()) * 32)):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()) < 4 / count**0.5
+    assert of_real[clear].std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_one_pass_of_the_critic_serves_score_and_discriminator() -> None:
