@@ -1,6 +1,6 @@
 """The five objectives from both built-in teachers, 1 and 4 steps, at equal network passes: table and plot.
 
-    python tools/compare.py [--passes 60000] [--samples 10000] [--only dmd2 ...]
+    python tools/compare.py [--passes 40000] [--samples 10000] [--teachers scenes-flow] [--only dmd2 ...]
 
 A pass is one sample through one network, forwards or backwards; making pairs counts, measuring does not. Finished
 rows are kept in assets/benchmarks/compare.json, so an interrupted comparison goes on where it stopped.
@@ -88,6 +88,21 @@ def baselines(teacher: str, steps: int, samples: int) -> dict[str, Any]:
     return {"objective": "undistilled", "teacher": teacher, "steps": steps, **row}
 
 
+def load() -> dict[str, Any]:
+    return json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
+
+
+def store(row: dict[str, Any], passes: int, samples: int) -> None:
+    """Adds one row to what is there by now, so that two comparisons may run side by side."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    record = load()
+    record |= {"commit": commit, "date": f"{date.today():%Y-%m-%d}", "passes": passes, "samples": samples}
+    record["hardware"] = f"CPU, {torch.get_num_threads()} thread(s)"
+    record["rows"].append(row)
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def plot(rows: list[dict[str, Any]], target: Path) -> None:
     """Quality against diversity: Frechet distance (log) over same-label diversity, one panel a teacher."""
     import matplotlib
@@ -127,33 +142,30 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--passes", type=int, default=60_000)
+    parser.add_argument("--passes", type=int, default=40_000)
     parser.add_argument("--samples", type=int, default=10_000)
+    parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    record: dict[str, Any] = {"rows": []}
-    if RESULT.exists():
-        record = json.loads(RESULT.read_text())
-    record |= {"commit": commit, "date": f"{date.today():%Y-%m-%d}", "passes": args.passes, "samples": args.samples}
-    record["hardware"] = f"CPU, {torch.get_num_threads()} thread(s)"
-    done = {(r["objective"], r["teacher"], r["steps"]) for r in record["rows"]}
-    for steps in (1, 4):
-        for teacher in TEACHERS:
-            for objective in ("undistilled", *args.only):
-                if (objective, teacher, steps) in done:
-                    continue
-                if objective == "undistilled":
-                    row = baselines(teacher, steps, args.samples)
-                else:
-                    row = one(objective, teacher, steps, args.passes, args.samples)
-                row.pop("rare", None)
-                record["rows"].append(row)
-                RESULT.parent.mkdir(parents=True, exist_ok=True)
-                RESULT.write_text(json.dumps(record, indent=1) + "\n")
-                show(record["rows"][-1:])
-    show(record["rows"])
-    plot(record["rows"], RESULT.with_suffix(".png"))
+    wanted = [
+        (objective, teacher, steps)
+        for steps in (1, 4)
+        for teacher in args.teachers
+        for objective in ("undistilled", *args.only)
+    ]
+    for objective, teacher, steps in wanted:
+        if any((r["objective"], r["teacher"], r["steps"]) == (objective, teacher, steps) for r in load()["rows"]):
+            continue
+        if objective == "undistilled":
+            row = baselines(teacher, steps, args.samples)
+        else:
+            row = one(objective, teacher, steps, args.passes, args.samples)
+        row.pop("rare", None)
+        store(row, args.passes, args.samples)
+        show([row])
+    rows = load()["rows"]
+    show(rows)
+    plot(rows, RESULT.with_suffix(".png"))
 
 
 if __name__ == "__main__":

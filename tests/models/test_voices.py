@@ -48,7 +48,7 @@ def plain(family: str, tiny_unet: Make, tiny_dit: Make) -> Callable[[], Diffuser
 @pytest.fixture
 def shared(plain: Callable[[], DiffusersBackbone], family: str) -> Shared:
     """A generator and a critic on `plain`, at their silent start."""
-    return Shared(plain(), {name: LoraSpec(2, 6.0, TARGETS[family]) for name in ("generator", "critic")})
+    return Shared(plain().train(), {name: LoraSpec(2, 6.0, TARGETS[family]) for name in ("generator", "critic")})
 
 
 @pytest.fixture
@@ -91,6 +91,7 @@ def test_bare_and_fresh_voices_say_what_the_network_says(
     before = plain()
     tap = before.tap
     expected = before(x, T, COND, taps=(tap,))
+    assert not any(module.training for module in shared.backbone.modules())
     for voice in (None, "generator", "critic"):
         with torch.no_grad():
             said = shared.as_(voice)(x, T, COND, taps=(tap,))
@@ -240,7 +241,7 @@ def test_a_stopped_forward_gives_the_voice_back(shared: Shared, x: Tensor, check
     whole = critic(x, T, COND, taps=(tap,)).features[tap]
     whole.square().sum().backward()
     expected = gradients(critic)
-    assert len(expected) > 10
+    assert len(expected) >= 10
     shared.zero_grad()
     if checkpointed:
         shared.enable_gradient_checkpointing()

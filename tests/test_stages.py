@@ -1,0 +1,57 @@
+"""Runs of several stages: what the next stage starts from, what stays frozen, what is made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import cli
+from fewstep.train import checkpoint
+
+SMALL = ["batch=4", "steps=4", "save.every=2", "evals.every=0", "evals.samples=0", "pairs.count=8", "pairs.steps=2"]
+
+
+def play(name: str, teacher: Path, out: Path, *more: str) -> Path:
+    given = [f"configs/scenes/{name}.yaml", *SMALL, f"model.teacher={teacher}", *more]
+    assert cli.main(["train", *given, f"--out={out}"]) == 0
+    return next(out.iterdir())
+
+
+def network(stage: Path, part: str | None = None) -> dict[str, torch.Tensor]:
+    return checkpoint.read_network(checkpoint.available(stage / "checkpoints")[-1], "generator", part)
+
+
+def test_second_phase_keeps_the_first_expert_and_starts_a_new_critic(tiny_teacher: Path, tmp_path: Path) -> None:
+    run = play("phased_dmd_experts", tiny_teacher, tmp_path)
+    first, second = network(run / "stage_1", "ema"), network(run / "stage_2")
+    assert {name.split(".")[1] for name in second} == {"0", "1"}
+    frozen = [name for name in first if name.startswith("experts.0.")]
+    trained = [name for name in first if name.startswith("experts.1.")]
+    assert all(torch.equal(first[name], second[name]) for name in frozen)
+    assert any(not torch.equal(first[name], second[name]) for name in trained)
+
+
+def test_pairs_are_made_once_and_distillation_starts_from_the_reflow(tiny_teacher: Path, tmp_path: Path) -> None:
+    run = play("rectified_flow", tiny_teacher, tmp_path, "players.generator.lr=1e-12")
+    assert len(list(run.rglob("pairs_*.safetensors"))) == 1
+    reflowed, distilled = network(run / "stage_1", "ema"), network(run / "stage_2")
+    gap = max((reflowed[name] - distilled[name]).abs().max().item() for name in reflowed)
+    assert gap < 1e-9
+    assert (run / "stage_2" / "export" / "model_index.json").exists()
+
+
+def test_a_finished_stage_is_not_played_again(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = play("rectified_flow", tiny_teacher, tmp_path)
+    before = checkpoint.sha256(run / "stage_1" / "checkpoints" / "0000004" / "state.safetensors")
+    (run / "stage_2" / "checkpoints" / "0000004").rename(tmp_path / "gone")
+    given = ["configs/scenes/rectified_flow.yaml", *SMALL, f"model.teacher={tiny_teacher}"]
+    assert cli.main(["train", *given, "--resume", str(run)]) == 0
+    assert checkpoint.sha256(run / "stage_1" / "checkpoints" / "0000004" / "state.safetensors") == before
+    again = checkpoint.verify(run / "stage_2" / "checkpoints" / "0000004")
+    assert again["step"] == 4
+    gone = checkpoint.sha256(tmp_path / "gone" / "state.safetensors")
+    assert checkpoint.sha256(run / "stage_2" / "checkpoints" / "0000004" / "state.safetensors") == gone
