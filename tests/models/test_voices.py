@@ -358,6 +358,7 @@ def test_a_copy_shares_the_network(shared: Shared, x: Tensor) -> None:
     speak_up(voice)
     next(voice.parameters()).data.mul_(2.0)
     assert torch.equal(say(twin, x), said) and not torch.equal(say(voice, x), said)
+    assert twin.training and not copy.deepcopy(twin.eval()).training
     assert copy.deepcopy(Guided(voice, 2.0)).inner.voice == "generator_3"
     assert copy.deepcopy(shared.as_(None)).net is voice.net
 
@@ -491,8 +492,8 @@ def test_targets_that_match_nothing_are_refused(tiny_unet: Make) -> None:
     """With the names there are; the network is left as it was."""
     net = tiny_unet()
     before = list(net.state_dict())
-    specs = {"generator": LoraSpec(), "critic": LoraSpec(targets=["to_q", "q_proj"])}
-    with pytest.raises(UserError, match=r"voice critic: .* UNet2DModel .* 'q_proj': use .*conv1, .*to_out\.0, to_q"):
+    specs = {"generator": LoraSpec(), "critic": LoraSpec(targets=["to_q", "q"])}
+    with pytest.raises(UserError, match=r"voice critic: .* UNet2DModel .* 'q': use .*conv1, .*to_out\.0, to_q"):
         Shared(DiffusersBackbone(net, Flow(), "flow_prediction"), specs)
     assert list(net.state_dict()) == before
 
