@@ -1,6 +1,6 @@
 """The five objectives from both built-in teachers, 1 and 4 steps, at equal network passes: table and plot.
 
-    python tools/compare.py [--passes 40000] [--samples 10000] [--teachers scenes-flow] [--only dmd2 ...]
+    python tools/compare.py [--passes 50000] [--samples 10000] [--teachers scenes-flow] [--only dmd2 ...]
 
 A pass is one sample through one network, forwards or backwards; making pairs counts, measuring does not. Finished
 rows are kept in assets/benchmarks/compare.json, so an interrupted comparison goes on where it stopped.
@@ -142,7 +142,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--passes", type=int, default=40_000)
+    parser.add_argument("--passes", type=int, default=50_000)
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=list(TEACHERS))
     parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))

@@ -159,14 +159,16 @@ def test_every_tensor_of_the_playing_voice_gets_a_gradient(shared: Shared, x: Te
     total: dict[str, float] = {}
     for step in range(3):
         value = voice(x, T, COND).value
-        say(other, x), say(shared.as_(None), x)
+        say(other, x)
+        say(shared.as_(None), x)
         value.square().sum().backward()
         found = gradients(voice)
         assert len(found) == len(list(voice.parameters()))
         if step == 0:
             assert all(found[name].any() == name.endswith("B.weight") for name in found)
         total = {name: total.get(name, 0.0) + g.abs().max().item() for name, g in found.items()}
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     assert min(total.values()) > 1e-6
     assert not gradients(other) and not any(p.grad is not None for p in shared.parameters())
 
@@ -299,7 +301,8 @@ def test_a_voice_is_a_backbone_like_the_one_inside(shared: Shared, x: Tensor) ->
     with torch.no_grad():
         u, c = voice(x, T, voice.null(COND)).value, voice(x, T, COND).value
     assert torch.allclose(guided, u + 2 * (c - u), rtol=1e-4, atol=1e-5)
-    voice.train(), shared.as_(None).train()
+    voice.train()
+    shared.as_(None).train()
     assert not inner.net.training and not inner.net.get_submodule(inner.tap).training
 
 

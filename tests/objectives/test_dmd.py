@@ -78,6 +78,14 @@ def test_a_critic_that_knows_the_student_has_no_gradient_left(schedule: NoiseSch
     assert moved.loss > turn.loss and moved["fake_score.mean"] > 1e-3
 
 
+@pytest.mark.parametrize("t", [0.02, 0.1, 0.3])
+def test_the_critic_weighs_low_noise_like_the_rest(t: float) -> None:
+    """The weight min(1, 10 b^2) of a bridge would be .004 at t = .02; from clean samples it is one."""
+    noise, eps = whitened(2)
+    turn = play(exact(Flow(), "flow_prediction", t), told_batch(noise, eps))["fake_score"]
+    assert turn.loss == pytest.approx(STUDENT[1] ** 2 / ((1 - t) ** 2 * STUDENT[1] ** 2 + t**2), rel=1e-4)
+
+
 def test_signals_in_closed_form() -> None:
     """gap = rms of F - R; lag = E[(R - F)(F - x)], zero by projection where the critic is exact."""
     noise, eps = whitened(2)
