@@ -54,9 +54,10 @@ def test_no_guidance_is_a_plain_pass(net: DiffusersBackbone, x: Tensor) -> None:
 
 @pytest.mark.parametrize("w", [0.0, 1.5, 7.0])
 def test_guidance_is_u_plus_w_times_c_minus_u_in_one_pass(w: float, net: DiffusersBackbone, x: Tensor) -> None:
+    net.add_dial("to")
     recorder = Recorder(net)
     guided = Guided(recorder, w)(x, T, COND, to=T / 2)
-    u, c = net(x, T, NULL), net(x, T, COND)
+    u, c = net(x, T, NULL, to=T / 2), net(x, T, COND, to=T / 2)
     assert torch.allclose(guided.value, u.value + w * (c.value - u.value), rtol=0, atol=1e-5)
     assert torch.allclose(guided.x0, u.x0 + w * (c.x0 - u.x0), rtol=0, atol=1e-5)
     assert guided.x_t is x and guided.t is T and guided.kind == "flow_prediction"
@@ -179,6 +180,7 @@ def test_beyond_the_last_level_the_teacher_is_asked_at_it(vp: VP) -> None:
 
 
 def test_remapping_passes_the_second_time_and_the_features_on(net: DiffusersBackbone, x: Tensor, vp: VP) -> None:
+    net.add_dial("to")
     recorder = Recorder(net)
     remapped = Remapped(recorder, vp, "v_prediction")
     prediction = remapped(x, T, COND, to=T / 2, taps=("mid_block",))
@@ -221,3 +223,10 @@ def test_composites_compose(net: DiffusersBackbone, x: Tensor, vp: VP) -> None:
     outside = Guided(Remapped(net, vp, "epsilon"), 3.0)(x, T, COND)
     assert isinstance(inside, Prediction)
     assert torch.allclose(inside.value, outside.value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scalar_the_network_cannot_hear_is_refused(net: DiffusersBackbone, x: Tensor) -> None:
+    with pytest.raises(ValueError, match="no dial for to"):
+        net(x, T, COND, to=T / 2)
+    with pytest.raises(ValueError, match="no dial for guidance"):
+        net(x, T, Condition(COND.inputs, {"guidance": T}))
