@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from fewstep.models.backbone import Backbone
+
 
 class PassCounter:
     """Counts samples that go through `nets` while it is on: `forwards`, and `backwards` to them.
@@ -48,7 +50,6 @@ def networks_of(*modules: nn.Module | None) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     for module in modules:
         for part in module.modules() if module is not None else ():
-            net = getattr(part, "net", None)
-            if isinstance(net, nn.Module):
+            if isinstance(part, Backbone) and isinstance(net := getattr(part, "net", None), nn.Module):
                 found[id(net)] = net
     return list(found.values())
