@@ -103,7 +103,7 @@ def store(row: dict[str, Any], passes: int, samples: int) -> None:
     RESULT.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def plot(rows: list[dict[str, Any]], target: Path) -> None:
+def plot(rows: list[dict[str, Any]], samples: int, target: Path) -> None:
     """Quality against diversity: Frechet distance (log) over same-label diversity, one panel a teacher."""
     import matplotlib
 
@@ -113,19 +113,20 @@ def plot(rows: list[dict[str, Any]], target: Path) -> None:
     figure, axes = pyplot.subplots(1, len(TEACHERS), figsize=(11, 4.6), sharey=True, layout="constrained")
     for axis, teacher in zip(axes, TEACHERS, strict=True):
         for row in (r for r in rows if r["teacher"] == teacher):
-            marker = "o" if row["steps"] == 1 else "s"
-            axis.scatter(row["diversity"], row["frechet"], color=COLOURS[row["objective"]], marker=marker, s=60)
-            label = f" {row['objective']}, {row['steps']}"
-            axis.annotate(label, (row["diversity"], row["frechet"]), fontsize=8, va="center")
-        record = Path(f"assets/teachers/{teacher}/evals.json")
-        if record.exists():
-            best = max(json.loads(record.read_text())["rows"].values(), key=lambda r: r["samples"])
-            axis.scatter(best["diversity"], best["frechet"], color="black", marker="*", s=140)
-            axis.annotate(" teacher, 50", (best["diversity"], best["frechet"]), fontsize=8, va="center")
+            name, marker = row["objective"], "o" if row["steps"] == 1 else "s"
+            axis.scatter(row["diversity"], row["frechet"], color=COLOURS[name], marker=marker, s=70, alpha=0.85)
+        record = json.loads(Path(f"assets/teachers/{teacher}/evals.json").read_text())
+        many = record["rows"].get(str(samples), record["rows"]["2000"])
+        axis.scatter(many["diversity"], many["frechet"], color="black", marker="*", s=150)
         axis.set(title=f"assets/teachers/{teacher}", xlabel="same-label diversity (truth = 1)", yscale="log")
         axis.grid(alpha=0.3)
-        axis.margins(x=0.2)
     axes[0].set_ylabel("Frechet distance to truth (lower is better)")
+    dot = lambda marker, colour: pyplot.Line2D([], [], marker=marker, color=colour, linestyle="", markersize=8)
+    kinds = {name: dot("o", colour) for name, colour in COLOURS.items()}
+    kinds |= {"1 step": dot("o", "white"), "4 steps": dot("s", "white"), "teacher, 50 steps": dot("*", "black")}
+    for name in ("1 step", "4 steps"):
+        kinds[name].set_markeredgecolor("black")
+    figure.legend(kinds.values(), kinds.keys(), loc="outside right center", frameon=False)
     figure.savefig(target, dpi=130)
 
 
@@ -165,7 +166,7 @@ def main() -> None:
         show([row])
     rows = load()["rows"]
     show(rows)
-    plot(rows, RESULT.with_suffix(".png"))
+    plot(rows, args.samples, RESULT.with_suffix(".png"))
 
 
 if __name__ == "__main__":

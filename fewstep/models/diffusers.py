@@ -106,8 +106,15 @@ class DiffusersBackbone(Backbone):
         """A scalar the network has no input for would be ignored without a word."""
         unheard = [name for name in cond.dials if name not in self.dials]
         unheard += ["to"] if to is not None and SECOND_TIME not in self.dials else []
+        inside = self.family.time_embedding.startswith("transformer_blocks")
+        if inside and (cond.dials or to is not None) and self._recomputes():
+            raise ValueError("the dials of this family are lost when a checkpointed block is recomputed: switch it off")
         if unheard:
             raise ValueError(f"this network has no dial for {', '.join(unheard)}: call add_dial first")
+
+    def _recomputes(self) -> bool:
+        """Whether blocks will run a second time, after the hook that feeds the dials has gone."""
+        return torch.is_grad_enabled() and bool(getattr(self.net, "is_gradient_checkpointing", False))
 
     def _embedding_hook(self, cond: Condition, to: Tensor | None):
         values = {**cond.dials, **({} if to is None else {SECOND_TIME: to})}

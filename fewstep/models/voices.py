@@ -172,6 +172,10 @@ class Voice(DiffusersBackbone):
         with self.shared.speaking(self.voice):
             return super().forward(x_t, t, cond, to=to, taps=taps, stop=stop)
 
+    def _recomputes(self) -> bool:
+        """Never without the dials: `Shared` hangs their hook up again for the recomputation."""
+        return False
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Voice:
         twin = None if self.voice is None else self.shared._twin(self.voice)
         return self.shared.as_(twin).train(self.training)

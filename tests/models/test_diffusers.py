@@ -252,3 +252,16 @@ def test_the_embedder_tells_close_times_apart() -> None:
     a, b = embedder(torch.tensor([0.500, 0.501]))
     assert (a - b).abs().max() > 0.05
     assert not any("scale" in name for name in embedder.state_dict())
+
+
+def test_dials_of_a_checkpointed_dit_are_refused_rather_than_lost(tiny_dit) -> None:
+    """The time embedding of a DiT lies in a block; recomputed without the hook, its gradient would be wrong."""
+    net = DiffusersBackbone(tiny_dit(), Flow(), "flow_prediction", null_label=4)
+    net.add_dial("to")
+    x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 0.7]), Condition({"class_labels": torch.tensor([0, 1])})
+    net(x, t, cond, to=t / 2)
+    net.net.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="lost when a checkpointed block is recomputed"):
+        net(x, t, cond, to=t / 2)
+    with torch.no_grad():
+        net(x, t, cond, to=t / 2)
