@@ -13,11 +13,11 @@ from fewstep.core.batch import Batch, Condition, Pair
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import VP, Flow, NoiseSchedule, bridge
-from fewstep.core.times import Times
+from fewstep.core.times import Step, Times
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Objective, Triad, Turn
-from fewstep.rollout import Rollout, Step, ode, renoise
+from fewstep.rollout import Rollout, ode, renoise
 from fewstep.train.loop import train_step
 from fewstep.train.player import Player, PlayerConfig
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from fewstep import pairs
 from fewstep.core.batch import Batch, Condition, Pair
 from fewstep.core.draw import Draw
-from fewstep.core.prediction import Prediction
+from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import VP, Flow, add_noise
-from fewstep.core.times import Times
+from fewstep.core.times import Step, Times
 from fewstep.models.backbone import Backbone, Remapped
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Triad
 from fewstep.objectives.rectified_flow import Config, Objective
-from fewstep.rollout import ode, renoise
+from fewstep.rollout import Rollout, ode, renoise
 
 MEAN, STD = 0.4, 0.5
 
@@ -154,6 +154,20 @@ def test_distillation_in_one_step_sees_exactly_the_stored_noise(process: str, pr
     (trained, told), (sampled, asked) = net.seen
     assert torch.equal(trained, stored * schedule.prior_std)
     assert torch.equal(trained, sampled) and torch.equal(told, asked)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
+def test_distillation_compares_what_the_rollout_makes(kind: Kind) -> None:
+    """Also where the network is told another time than the level its answer is read at, as some schedulers do."""
+    noise, stored = whitened(2)
+    net = GaussianModel(MEAN, STD, Flow(), kind)
+    rollout = Rollout([Step(told=1.0, level=0.9)], ode)
+    (turn,) = Objective(Config(phase="distill"), Triad(net), rollout).turns(
+        told_batch(noise, noise, pair=exact_pair(stored)), 0
+    )
+    made = rollout(net, stored, Condition(), Draw(0, 0, torch.arange(len(noise)))).x0
+    assert turn.loss.item() == pytest.approx((made - exact_pair(stored).x0).square().mean().item(), rel=1e-6)
+    assert turn.loss > 1e-3
 
 
 def test_distillation_in_several_steps_sees_the_lines_of_the_pairs() -> None:

@@ -16,11 +16,12 @@ from fewstep.core.batch import Batch, Condition, Pair
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import Flow, NoiseSchedule, vp_from_betas
+from fewstep.core.times import Step
 from fewstep.models.backbone import Guided
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.objectives import base
 from fewstep.objectives.base import Objective, Share, Triad, Turn
-from fewstep.rollout import Rollout, Step
+from fewstep.rollout import Rollout
 from fewstep.train.player import Player, PlayerConfig
 
 SMALL, WIDE = ((3, 8, 8), 8), ((1, 16, 16), 16)
