@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ class MapHead(nn.Module):
         if size < 4:
             raise ValueError(f"a discriminator head needs features of at least 4x4, but the tap gives {size}x{size}")
         # Two channels a group on a 1x1 map would normalise everything but a sign away: sixteen or more.
-        groups = max(1, min(32, channels // 16))
+        groups = math.gcd(channels, max(1, min(32, channels // 16)))
         layers: list[nn.Module] = []
         while size > 4:
             layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU()]

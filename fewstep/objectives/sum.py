@@ -66,7 +66,7 @@ class Objective(base.Objective):
         return self.terms[0].generates(step)
 
     def criticises(self, step: int) -> bool:
-        return self.terms[0].criticises(step)
+        return any(term.criticises(step) for term in self.terms)
 
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
         return self.terms[0].sample(batch, step, grad)
