@@ -134,18 +134,45 @@ def _shape(net: nn.Module, resolution: int) -> tuple[int, int, int]:
     return channels, resolution, resolution
 
 
-def _generator(config: Config, teacher: Teacher, rollout: Rollout) -> Backbone:
+def _check_experts(config: Config, rollout: Rollout) -> None:
     count = config.model.experts
-    if count == 1:
-        return teacher.backbone(copy.deepcopy(teacher.net))
     phases = getattr(config.objective, "phases", 1)
-    if count != phases:
+    if count not in (1, phases):
         raise UserError(f"model.experts is 1 or the objective's number of phases ({phases}), but {count} was given")
     if len(rollout) % count:
         raise UserError(f"{len(rollout)} steps cannot be shared out to {count} experts: use a multiple")
-    experts = [teacher.backbone(copy.deepcopy(teacher.net)) for _ in range(count)]
-    length = len(rollout) // count
-    return Routed(experts, [rollout.steps[i * length].told for i in range(1, count)])
+
+
+def _voices(config: Config, roles: tuple[str, ...]) -> dict[str, list[str]]:
+    """Role -> the names of its adapters, for the roles that learn one: several where the generator has experts."""
+    players = {role: config.players.get(role) for role in roles if role != "real_score"}
+    count = {"generator": config.model.experts}
+    return {
+        role: [role] if count.get(role, 1) == 1 else [f"{role}_expert_{i + 1}" for i in range(count[role])]
+        for role, player in players.items()
+        if player is not None and player.lora is not None
+    }
+
+
+def _networks(
+    config: Config, teacher: Teacher, roles: tuple[str, ...], device: torch.device
+) -> dict[str, list[DiffusersBackbone]]:
+    """Role -> its networks: copies of the teacher, or voices of the one teacher that stays frozen below them."""
+    voices, bare = _voices(config, roles), teacher.backbone()
+    counts = {role: config.model.experts if role == "generator" else 1 for role in roles if role != "real_score"}
+    networks = {
+        role: [teacher.backbone(copy.deepcopy(teacher.net)) for _ in range(count)]
+        for role, count in counts.items()
+        if role not in voices
+    }
+    if voices:
+        from fewstep.models.voices import Shared  # peft, which only voices need
+
+        specs = {name: config.players[role].lora for role, names in voices.items() for name in names}
+        shared = Shared(bare.to(device), specs)  # type: ignore[arg-type]
+        networks |= {role: [shared.as_(name) for name in names] for role, names in voices.items()}
+        bare = shared.as_(None)
+    return networks | ({"real_score": [bare]} if "real_score" in roles else {})
 
 
 def build(config: Config, previous: Path | None = None) -> Run:
@@ -184,17 +211,20 @@ def assemble(config: Config, device: torch.device, source: Source, teacher: Teac
 def build_triad(
     config: Config, teacher: Teacher, roles: tuple[str, ...], rollout: Rollout, device: torch.device
 ) -> Triad:
-    """The networks of `roles`, each a copy of the teacher in evaluation mode; only real_score is frozen."""
+    """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; real_score is frozen."""
     if "real_score" in roles and config.model.teacher is None:
         raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
-    networks: dict[str, Backbone] = {"generator": _generator(config, teacher, rollout)}
-    if "real_score" in roles:
-        networks["real_score"] = Guided(teacher.backbone(), config.model.guidance)
-    if "fake_score" in roles:
-        networks["fake_score"] = teacher.backbone(copy.deepcopy(teacher.net))
-    for role, network in networks.items():
-        network.to(device).eval().requires_grad_(role != "real_score")
-    return Triad(**networks)
+    _check_experts(config, rollout)
+    triad: dict[str, Backbone] = {}
+    for role, networks in _networks(config, teacher, roles, device).items():
+        for network in networks:
+            network.to(device).eval().requires_grad_(role != "real_score")
+        length = len(rollout) // len(networks)
+        starts = [rollout.steps[i * length].told for i in range(1, len(networks))]
+        triad[role] = Routed(networks, starts) if starts else networks[0]
+    if "real_score" in triad:
+        triad["real_score"] = Guided(triad["real_score"], config.model.guidance)
+    return Triad(**triad)
 
 
 def exportable(config: Config, teacher: Teacher) -> Any | None:
@@ -222,6 +252,11 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
             state = checkpoint.read_network(latest(Path(where)), role, "ema")
         else:
             state = {f"net.{k}": v for k, v in loading.load(where).net.state_dict().items()}
+        if config.players[role].lora is not None and not any("lora_" in name for name in state):
+            raise UserError(
+                f"start.{role}={where}: players.{role}.lora learns an adapter on the teacher's weights, but those are "
+                f"full weights: make them model.teacher, or remove players.{role}.lora"
+            )
         load_weights(network, checkpoint.as_float32(state), f"start.{role}={where}")
 
 
@@ -330,6 +365,7 @@ def describe(config: Config) -> list[str]:
     """Players, parameters, memory and first shapes of a run as lines of text; no weight is read or allocated."""
     source = open_source(config.data.source, config.data.resolution, config.data.seed)
     teacher = build_teacher(config, len(source.labels), weights=False)
+    frozen = sum(p.numel() for p in teacher.net.parameters())
     run = assemble(config, torch.device("meta"), source, teacher, None)
     lines = [
         f"objective {config.objective.name}, {len(run.rollout)} step(s), "  # type: ignore[attr-defined]
@@ -342,8 +378,7 @@ def describe(config: Config) -> list[str]:
             f"player {name}: {count:,} parameters, {copies * 4 * count / 2**20:.1f} MB with gradient and optimizer"
         )
     if run.triad.real_score is not None:
-        count = sum(p.numel() for p in run.triad.real_score.parameters())
-        lines.append(f"real_score: {count:,} parameters, frozen, {4 * count / 2**20:.1f} MB")
+        lines.append(f"real_score: {frozen:,} parameters, frozen, {4 * frozen / 2**20:.1f} MB")
     micro = config.batch // config.micro_batches
     reads = ", ".join(run.objective.reads) or "nothing but noise and labels"
     lines.append(

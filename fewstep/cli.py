@@ -142,7 +142,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C."""
     # Two threads that spin for each other stall for seconds when a third process wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # xformers logs a page when it finds another torch than it was built for; diffusers imports it unasked.
     logging.getLogger("xformers").setLevel(logging.ERROR)
     args = _parse(arguments)

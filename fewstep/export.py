@@ -81,7 +81,7 @@ def _exportable(run: Run) -> DiffusersBackbone:
             f"no stock diffusers pipeline runs a {type(backbone.net).__name__} on pixels (DiTPipeline needs a VAE): "
             "use a UNet2DModel to export, or sample with fewstep"
         )
-    return backbone
+    return backbone.fused()
 
 
 def _scheduler(run: Run) -> Any:

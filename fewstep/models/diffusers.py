@@ -84,6 +84,10 @@ class DiffusersBackbone(Backbone):
         self.family = FAMILIES[name]
         self.dials = nn.ModuleDict()
 
+    def fused(self) -> DiffusersBackbone:
+        """This network without adapters: itself, unless it is a voice."""
+        return self
+
     @property
     def tap(self) -> str:
         """The block a discriminator reads by default."""

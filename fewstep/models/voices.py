@@ -7,7 +7,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,26 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.core.errors import UserError
 from fewstep.models.diffusers import DiffusersBackbone
-
-
-@dataclass
-class LoraSpec:
-    """The size of a voice: W x + (alpha / rank) B A x in every target, with B = 0 at the start."""
-
-    rank: int = 16
-    """columns of A^T and of B"""
-    alpha: float = 16.0
-    """the adapter is scaled by alpha / rank"""
-    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    """linear or convolution layers, by the end of their name; * stands for anything"""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"the rank of a voice is at least 1, but {self.rank} was given")
-        if not self.alpha > 0:
-            raise UserError(f"the alpha of a voice is above 0, but {self.alpha} was given")
-        if not self.targets:
-            raise UserError("a voice needs targets: name layers such as to_q, or * for all")
+from fewstep.models.lora import LoraSpec
 
 
 class Shared(nn.Module):

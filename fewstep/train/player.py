@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
+from fewstep.models.lora import LoraSpec
 
 
 @dataclass
@@ -33,6 +34,8 @@ class PlayerConfig:
     """moves over which the rate falls to zero along a cosine; 0 = constant"""
     ema: float = 0.0
     """decay of the evaluation average; 0 = none. Keep 1 / (1 - ema) below a tenth of the planned moves"""
+    lora: LoraSpec | None = None
+    """learn an adapter on the teacher's own frozen weights instead of a copy of them; {} takes the defaults"""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:

@@ -14,7 +14,8 @@ from fewstep import build
 from fewstep.core.schedule import Flow
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.diffusers import DiffusersBackbone
-from fewstep.models.voices import LoraSpec, Shared
+from fewstep.models.lora import LoraSpec
+from fewstep.models.voices import Shared
 from fewstep.objectives import dmd2
 from fewstep.objectives.base import Triad
 from fewstep.rollout import Rollout, Step

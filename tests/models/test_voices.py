@@ -13,8 +13,9 @@ from fewstep.core.errors import UserError
 from fewstep.core.schedule import Flow
 from fewstep.models.backbone import Guided, frozen
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.lora import LoraSpec
 from fewstep.models.passes import PassCounter, networks_of
-from fewstep.models.voices import LoraSpec, Shared, Voice
+from fewstep.models.voices import Shared, Voice
 from fewstep.train import checkpoint
 from fewstep.train.player import Follower, Player, PlayerConfig, constant_decay
 

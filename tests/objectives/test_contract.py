@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CASES, WIDE, Tiny, batches, make, turns
+from tiny import CASES, WIDE, Roles, Tiny, batches, make, turns
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +18,12 @@ from fewstep.train.player import PlayerConfig
 SMOOTH = PlayerConfig(lr=0.3, betas=[0.9, 0.999], eps=1.0, clip=1.0)
 """With a large eps Adam moves in proportion to the gradient: its sign would make rounding visible."""
 
+FLOW = [case for case in CASES if case.endswith("flow")]
 every_objective = pytest.mark.parametrize("case", CASES)
+every_objective_and_roles = pytest.mark.parametrize(
+    ("case", "learn"),
+    [*((case, "full") for case in CASES), *((case, how) for case in FLOW for how in ("lora", "shared"))],
+)
 
 
 def moved(before: dict[str, Tensor], tiny: Tiny) -> set[str]:
@@ -29,10 +34,12 @@ def snapshot(tiny: Tiny) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in tiny.weights().items()}
 
 
-@every_objective
-def test_a_turn_touches_its_player_alone(case: str) -> None:
+@every_objective_and_roles
+def test_a_turn_touches_its_player_alone(case: str, learn: Roles) -> None:
     """Gradient and move of every turn of four steps; grad mode and frozen weights are as before after each yield."""
-    tiny = make(case, SMOOTH)
+    tiny = make(case, SMOOTH, learn=learn)
+    base = [p.detach().clone() for p in tiny.base_weights()]
+    assert bool(base) == (learn != "full")
     trainable = {name for name, p in tiny.weights().items() if p.requires_grad}
     played = set()
     for step in range(4):
@@ -51,6 +58,7 @@ def test_a_turn_touches_its_player_alone(case: str) -> None:
                 changed = moved(before, tiny)
                 assert changed and changed <= mine
     assert played == set(tiny.players)
+    assert all(p.grad is None and torch.equal(p, before) for p, before in zip(tiny.base_weights(), base, strict=True))
     assert trainable == set().union(*(tiny.of_player(name) for name in tiny.players))
 
 
@@ -91,9 +99,9 @@ def test_four_micro_batches_are_one_batch(case: str) -> None:
             assert split_logs[name] == pytest.approx(alone[name], rel=1e-4)
 
 
-def gradients(case: str, checkpointed: bool, steps: int = 2) -> tuple[Tiny, dict[str, Tensor]]:
+def gradients(case: str, learn: Roles, checkpointed: bool, steps: int = 2) -> tuple[Tiny, dict[str, Tensor]]:
     """The gradient of every weight over `steps` steps without a move, summed in absolute value."""
-    tiny = make(case, SMOOTH, lambda net: net.enable_gradient_checkpointing() if checkpointed else None)
+    tiny = make(case, SMOOTH, checkpointed, learn=learn)
     total: dict[str, Tensor] = {}
     for step in range(steps):
         for turn in turns(tiny, step):
@@ -106,13 +114,13 @@ def gradients(case: str, checkpointed: bool, steps: int = 2) -> tuple[Tiny, dict
     return tiny, total
 
 
-@every_objective
-def test_every_weight_of_every_player_gets_a_gradient(case: str) -> None:
+@every_objective_and_roles
+def test_every_weight_of_every_player_gets_a_gradient(case: str, learn: Roles) -> None:
     """With gradient checkpointing the same one, to 1e-4 of the largest of its tensor.
 
     The bias of the keys is left out: it shifts all logits of a softmax alike, so its gradient is zero but for rounding.
     """
-    tiny, plain = gradients(case, False)
+    tiny, plain = gradients(case, learn, False)
     largest = max(g.max().item() for g in plain.values())
     silent = [
         name
@@ -121,13 +129,13 @@ def test_every_weight_of_every_player_gets_a_gradient(case: str) -> None:
         if not name.endswith("to_k.bias") and (name not in plain or plain[name].max() < 1e-9 * largest)
     ]
     assert not silent
-    _, checkpointed = gradients(case, True)
+    _, checkpointed = gradients(case, learn, True)
     assert checkpointed.keys() == plain.keys()
     for name, gradient in plain.items():
         assert (checkpointed[name] - gradient).abs().max() <= 1e-4 * gradient.max() + 1e-9 * largest
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("flow")])
+@pytest.mark.parametrize("case", FLOW)
 def test_an_objective_that_does_not_say_it_reads_data_needs_none(case: str) -> None:
     tiny = make(case, SMOOTH)
     reads = tiny.objective.reads
@@ -197,7 +205,7 @@ def peak(case: str, parts: int) -> tuple[int, int]:
     return live.peak, live.now
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.endswith("flow")])
+@pytest.mark.parametrize("case", FLOW)
 def test_four_micro_batches_take_the_memory_of_one(case: str) -> None:
     """At most 1.1 times the peak of one: only one graph is alive at a time."""
     (one, left_one), (four, left_four) = peak(case, 1), peak(case, 4)

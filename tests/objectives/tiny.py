@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -19,6 +19,8 @@ from fewstep.core.schedule import Flow, NoiseSchedule, vp_from_betas
 from fewstep.core.times import Step
 from fewstep.models.backbone import Guided
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.lora import LoraSpec
+from fewstep.models.voices import Shared, Voice
 from fewstep.objectives import base
 from fewstep.objectives.base import Objective, Share, Triad, Turn
 from fewstep.rollout import Rollout
@@ -74,6 +76,22 @@ def unet(seed: int, shape: tuple[int, int, int], channels: int) -> nn.Module:
     ).eval()
 
 
+Roles = Literal["full", "lora", "shared"]
+"""How the roles learn: whole networks, an adapter each on networks of their own, or adapters on one network."""
+
+
+def voices(net: DiffusersBackbone, checkpointed: bool) -> Shared:
+    """`net` with a voice a role, each of which already says something of its own."""
+    shared = Shared(net, {role: LoraSpec(2, 2.0, ["*"]) for role in ("generator", "fake_score")})
+    if checkpointed:
+        shared.enable_gradient_checkpointing()
+    torch.manual_seed(6)
+    for name, weight in net.named_parameters():
+        if ".lora_B." in name:
+            weight.data.normal_(std=0.05)
+    return shared
+
+
 @dataclass
 class Tiny:
     objective: Objective
@@ -89,6 +107,11 @@ class Tiny:
     def weights(self) -> dict[str, nn.Parameter]:
         return {f"{role}.{name}": p for role, net in self.networks().items() for name, p in net.named_parameters()}
 
+    def base_weights(self) -> list[nn.Parameter]:
+        """The weights below the voices, which nobody trains."""
+        networks = [net.shared.backbone for net in self.networks().values() if isinstance(net, Voice)]
+        return [p for net in networks for name, p in net.named_parameters() if ".lora_" not in name]
+
     def of_player(self, name: str) -> set[str]:
         """The names of the weights that move with a player."""
         mine = {id(p) for p in self.players[name].parameters}
@@ -96,26 +119,34 @@ class Tiny:
 
 
 def make(
-    case: str, player: PlayerConfig, edit: Callable[[nn.Module], Any] = lambda net: None, sizes: Any = SMALL
+    case: str, player: PlayerConfig, checkpointed: bool = False, sizes: Any = SMALL, learn: Roles = "full"
 ) -> Tiny:
-    """The run of a case such as dmd2-teacher/vp. `edit` is applied to every UNet."""
+    """The run of a case such as dmd2-teacher/vp, with gradient checkpointing in every UNet or without."""
     name, process = case.split("/")
     name, _, variant = name.partition("-")
     schedule, kind = PROCESSES[process]
 
-    def network(seed: int) -> DiffusersBackbone:
+    def plain(seed: int) -> DiffusersBackbone:
         net = unet(seed, *sizes)
-        edit(net)
+        if checkpointed:
+            net.enable_gradient_checkpointing()
         return DiffusersBackbone(net, schedule, kind, NULL)
+
+    one = voices(plain(0), checkpointed) if learn == "shared" else None
+
+    def network(seed: int, role: str | None) -> DiffusersBackbone:
+        if learn == "full":
+            return plain(seed)
+        return (one or voices(plain(seed), checkpointed)).as_(role)
 
     module = base.find(name)
     config = module.Config(**VARIANTS.get(name, {"": {}})[variant])
     roles = module.Objective.needs(config)
-    networks: dict[str, Any] = {"generator": network(1)}
+    networks: dict[str, Any] = {"generator": network(1, "generator")}
     if "real_score" in roles:
-        networks["real_score"] = Guided(network(0), 1.5).requires_grad_(False)
+        networks["real_score"] = Guided(network(0, None), 1.5).requires_grad_(False)
     if "fake_score" in roles:
-        networks["fake_score"] = network(2)
+        networks["fake_score"] = network(2, "fake_score")
     objective = module.Objective(config, Triad(**networks), Rollout([Step(1.0, 1.0), Step(0.5, 0.5)]))
     torch.manual_seed(3)
     objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
