@@ -50,7 +50,7 @@ def export(args: argparse.Namespace) -> None:
     from fewstep import export as exporting
 
     run = exporting.load_run(Path(args.run), args.step)
-    folder = Path(args.to) if args.to else exporting.stage_of(Path(args.run)) / "export"
+    folder = Path(args.to) if args.to else Path(args.run) / "export"
     dtype = torch.float16 if args.dtype == "float16" else torch.float32
     print(f"diffusers pipeline: {exporting.export(run, folder, dtype)}")
 

@@ -6,9 +6,11 @@ import ast
 import copy
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,20 +193,40 @@ def _overlay(below: DictConfig, above: DictConfig) -> DictConfig:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
-    """The stages of a config file with `key=value` overrides laid over it; one Config where it names no stages.
+    """The stages of a config file with `key=value` overrides laid over them; one Config where it names no stages.
 
+    An override reaches every stage; `stage_2.key=value` only the second. `stages=[]` plays the rest as one stage.
     Raises UserError with one sentence for an unknown key, a wrong type or contradictory values.
     """
     given = _read(Path(path))
+    everywhere, apart = _split(overrides)
+    stages = everywhere.pop("stages", given.pop("stages", None)) or [{}]
+    if beyond := [name for name in apart if not 1 <= int(name.removeprefix("stage_")) <= len(stages)]:
+        raise UserError(f"the config has {len(stages)} stage(s), but {beyond[0]} was given")
+    configs = []
+    for i, stage in enumerate(stages, 1):
+        layers = (OmegaConf.create(stage), everywhere, apart.get(f"stage_{i}", OmegaConf.create()))
+        try:
+            configs.append(_typed(reduce(_overlay, layers, given)))
+        except UserError as error:
+            if len(stages) == 1:
+                raise
+            hint = f" (stage_{i}.key=value overrides a key of this stage alone)" if everywhere else ""
+            raise UserError(f"stage {i} of {len(stages)}: {error}{hint}") from None
+    return configs
+
+
+def _split(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, DictConfig]]:
+    """What holds for every stage, and what `stage_<number>.` keeps to one."""
     for override in overrides:
         if "=" not in override:
             raise UserError(f"'{override}' is not an override: write key=value, such as model.steps=4")
     try:
-        given = _overlay(given, OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.from_dotlist(list(overrides))
     except OmegaConfBaseException as error:
         raise UserError(_sentence(error)) from None
-    stages = given.pop("stages", None) or [{}]
-    return [_typed(_overlay(given, OmegaConf.create(stage))) for stage in stages]
+    names = [str(name) for name in given if re.fullmatch(r"stage_\d+", str(name))]
+    return given, {name: given.pop(name) for name in names}
 
 
 def _typed(given: DictConfig) -> Config:

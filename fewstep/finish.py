@@ -9,7 +9,7 @@ from fewstep import build, measure
 from fewstep.build import Run
 from fewstep.config import Config
 from fewstep.core.errors import UserError
-from fewstep.export import export, load_run, stage_of
+from fewstep.export import export, load_run
 from fewstep.train.checkpoint import write_text
 from fewstep.train.rundir import RunDir
 
@@ -43,8 +43,8 @@ def evaluate(folder: Path, step: int | None, samples: int) -> None:
     """Measures the generator of a run folder again and writes its table and page anew."""
     from fewstep import report
 
-    run, place = load_run(folder, step), stage_of(folder)
+    run = load_run(folder, step)
     table = measure.table(run, samples)
-    write_text(place / "table.json", json.dumps(table, indent=1))
+    write_text(folder / "table.json", json.dumps(table, indent=1))
     print(report.as_text(table))
-    print(f"report: {report.write_report(RunDir(place))}")
+    print(f"report: {report.write_report(RunDir(folder))}")

@@ -100,9 +100,13 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in a run folder; everything but `root` may be missing. `broken` names files that cannot be read."""
+    """What lies in a run folder; everything but `root` may be missing. `broken` names files that cannot be read.
+
+    Of a run of stages the config is the last one's, and `before` counts the steps of the earlier ones.
+    """
 
     root: Path
+    before: int
     config: Json
     config_text: str
     origin: Json
@@ -114,32 +118,47 @@ class Found:
 
 
 def read(folder: RunDir) -> Found:
-    """Reads a run folder. Of a run of stages, whose own folder has no log, the last stage that has one is read."""
-    if not (folder.root / "log.jsonl").exists():
-        stages = sorted(folder.root.glob("stage_*"), key=lambda p: (len(p.name), p.name))
-        if logged := [stage for stage in stages if (stage / "log.jsonl").exists()]:
-            folder = RunDir(logged[-1])
+    """Reads a run folder. A run of stages has no log of its own: those of its stages are put one after the other."""
+    stages = [RunDir(p) for p in sorted(folder.root.glob("stage_*"), key=lambda p: (len(p.name), p.name))]
+    logged = [stage for stage in stages if (stage.root / "log.jsonl").exists()]
+    parts = logged if logged and not (folder.root / "log.jsonl").exists() else [folder]
+    last = parts[-1].root
     broken: list[str] = []
 
-    def parsed(name: str) -> Json:
-        path = folder.root / name
+    def parsed(path: Path) -> Json:
         try:
             value = json.loads(path.read_text()) if path.exists() else {}
         except (OSError, ValueError):
             value = None
         if not isinstance(value, dict):
-            broken.append(name)
+            broken.append(path.name)
             return {}
         return value
 
-    table = parsed("table.json")
+    table = parsed(folder.root / "table.json")
     if table and not _whole(table):
         broken.append("table.json")
         table = {}
-    config_text, config = _config(folder.root / "config.yaml", broken)
-    log, evals = ([row for row in folder.rows(name) if isinstance(row, dict)] for name in ("log.jsonl", "evals.jsonl"))
-    samples = sorted(folder.samples.glob("*.png"))
-    return Found(folder.root, config, config_text, parsed("origin.json"), log, evals, table or None, samples, broken)
+    config_text, config = _config(last / "config.yaml", broken)
+    log, evals, before = _joined(parts)
+    samples = [path for part in parts for path in sorted(part.samples.glob("*.png"))]
+    origin = parsed(last / "origin.json")
+    return Found(folder.root, before, config, config_text, origin, log, evals, table or None, samples, broken)
+
+
+def _joined(parts: Sequence[RunDir]) -> tuple[list[Json], list[Json], int]:
+    """The logs and evaluations of stages, counted on from one to the next, and the steps before the last stage."""
+    log: list[Json] = []
+    evals: list[Json] = []
+    step = images = 0
+    for part in parts:
+        step, images = (log[-1].get("step", 0), log[-1].get("images", 0)) if log else (0, 0)
+        for rows, name in ((log, "log.jsonl"), (evals, "evals.jsonl")):
+            for row in part.rows(name):
+                if isinstance(row, dict):
+                    on = {key: row[key] + more for key, more in (("step", step), ("images", images)) if key in row}
+                    rows.append(row | on)
+    return log, evals, step
 
 
 def _whole(table: Json) -> bool:
@@ -221,6 +240,7 @@ def _line(found: Found) -> list[str]:
         line.append("1 step" if passes == 1 else f"{passes} steps, {model.get('transition')}")
     done, planned = (found.log[-1].get("step") if found.log else None), found.config.get("steps")
     if isinstance(done, int) and isinstance(planned, int):
+        planned += found.before
         line.append("finished" if done >= planned else f"at step {done:,} of {planned:,}")
     return line
 
@@ -324,7 +344,7 @@ def _samples(paths: Sequence[Path]) -> str:
     shown = _thin(paths)
     if not shown:
         return ""
-    names = [f"step {int(p.stem):,}" if p.stem.isdecimal() else p.stem for p in shown]
+    names = [_when(path) for path in shown]
     last = len(shown) - 1
     frames = "".join(
         f'<img alt="samples at {escape(name)}" src="{_data(path)}"{"" if i == last else " hidden"}>'
@@ -340,6 +360,13 @@ def _samples(paths: Sequence[Path]) -> str:
         f'<figure class="grid film" data-names="{labels}">{frames}'
         f"<figcaption>{slider}<output>{escape(names[-1])}</output></figcaption></figure>"
     )
+
+
+def _when(path: Path) -> str:
+    """The step a grid was made at, with its stage where it has one."""
+    stage = path.parent.parent.name
+    step = f"step {int(path.stem):,}" if path.stem.isdecimal() else path.stem
+    return f"{stage.replace('_', ' ')}, {step}" if stage.startswith("stage_") else step
 
 
 @dataclass(frozen=True)

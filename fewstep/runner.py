@@ -157,7 +157,8 @@ def _good(folder: RunDir) -> str:
 def play(configs: list[Config], root: Path, resume: Path | None, finish: Callable[[Run, RunDir], None]) -> None:
     """Plays all stages. `resume` names a checkpoint; stages before its own are taken as done.
 
-    A run of several stages has one sub-folder a stage; `finish` measures, exports and reports the last one.
+    A run of several stages has one sub-folder a stage; `finish` measures and exports the last one's generator and
+    leaves table, export and report in the folder of the run.
     """
     torch.manual_seed(configs[0].seed)
     previous: Path | None = None
@@ -170,7 +171,7 @@ def play(configs: list[Config], root: Path, resume: Path | None, finish: Callabl
             continue
         run = play_stage(config, place, previous, here)
         previous = place
-    finish(run, RunDir(place))
+    finish(run, RunDir(root))
 
 
 def resume_point(where: Path, name: str) -> tuple[Path, Path]:

@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks/step.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run = build.build(config.load("configs/quickstart.yaml", [f"batch={args.batch}"])[0])
+    run = build.build(config.load("configs/quickstart.yaml", [f"batch={args.batch}"])[-1])
     cycle, bare = cycle_of(run), Bare(run).cycle
     counter = PassCounter(networks_of(run.triad.generator, run.triad.real_score, run.triad.fake_score))
     cycle()

@@ -56,7 +56,7 @@ def floor(resolution: int, truth: Statistics) -> dict[str, float]:
 def store_row(folder: Path, samples: list[int], guidance: float) -> None:
     """Generates the largest count once; smaller counts are its first images."""
     overrides = [f"model.teacher={folder}", f"model.guidance={guidance}"]
-    run = build.build(config.load("configs/quickstart.yaml", overrides)[0])
+    run = build.build(config.load("configs/quickstart.yaml", overrides)[-1])
     truth, most = measure.truth_of(run.source), max(samples)
     net, rollout = measure.teacher(run, measure.TEACHER_STEPS)
     labels = measure.labels_of(run, most)

@@ -38,8 +38,9 @@ def ratios(table: dict[str, Any]) -> dict[str, float]:
 
 
 def seconds_of(run: Path) -> float:
-    """Seconds of training, without the measuring at the end."""
-    return json.loads((run / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+    """Seconds of training in both stages, without making the pairs and without the measuring at the end."""
+    logs = sorted(run.glob("stage_*/log.jsonl"))
+    return sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -53,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = [run_of(seed, args.out) for seed in args.seeds]
     tables = [json.loads((run / "table.json").read_text()) for run in runs]
-    origin = json.loads((runs[0] / "origin.json").read_text())
+    origin = json.loads((runs[0] / "stage_2" / "origin.json").read_text())
     result: dict[str, Any] = {
         "commit": origin["commit"],
         "date": f"{date.today():%Y-%m-%d}",
