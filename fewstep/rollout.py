@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -15,12 +14,15 @@ from torch import Tensor
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Prediction
-from fewstep.core.schedule import add_noise, bridge
+from fewstep.core.schedule import bridge
 from fewstep.core.times import Step
 from fewstep.models.backbone import Backbone
 
 TransitionName = Literal["renoise", "ode", "cps", "gamma"]
-Transition = Callable[[Prediction, Tensor, Callable[[], Tensor]], Tensor]
+Move = tuple[Tensor, Tensor | None]
+"""Mean (B, *S) and deviation (B, 1, .., 1) of the next state; without a deviation the move is deterministic."""
+Transition = Callable[[Prediction, Tensor], Move]
+"""A prediction and the level s (B,) it moves to -> its Move."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,15 @@ class Sample:
         return Sample(self.x.detach(), self.s, self.x0.detach(), self.x_t.detach(), self.t, self.index)
 
 
-def renoise(prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+def renoise(prediction: Prediction, s: Tensor) -> Move:
     """alpha_s x0 + sigma_s z with fresh z: the consistency-model (SDE) sampler."""
-    return add_noise(prediction.schedule, prediction.x0, fresh(), s)
+    at_s = prediction.schedule.at(s, prediction.x_t)
+    return at_s.alpha * prediction.x0, at_s.sigma
 
 
-def ode(prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+def ode(prediction: Prediction, s: Tensor) -> Move:
     """alpha_s x0 + sigma_s eps: one DDIM or Euler step; with a flow map, its jump."""
-    return prediction.to(s)
+    return prediction.to(s), None
 
 
 def cps(eta: float) -> Transition:
@@ -59,8 +62,9 @@ def cps(eta: float) -> Transition:
     """
     kept, new = math.cos(eta * math.pi / 2), math.sin(eta * math.pi / 2)
 
-    def step(prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
-        return add_noise(prediction.schedule, prediction.x0, kept * prediction.eps + new * fresh(), s)
+    def step(prediction: Prediction, s: Tensor) -> Move:
+        at_s = prediction.schedule.at(s, prediction.x_t)
+        return at_s.alpha * prediction.x0 + kept * at_s.sigma * prediction.eps, new * at_s.sigma
 
     return step
 
@@ -71,10 +75,10 @@ def gamma_jump(gamma: float) -> Transition:
     gamma = 0 is `ode`, gamma = 1 is `renoise`.
     """
 
-    def step(prediction: Prediction, s: Tensor, fresh: Callable[[], Tensor]) -> Tensor:
+    def step(prediction: Prediction, s: Tensor) -> Move:
         cleaner = (1 - gamma) * s
         a, b = bridge(prediction.schedule, cleaner, s, prediction.x_t)
-        return a * prediction.to(cleaner) + b * fresh()
+        return a * prediction.to(cleaner), b
 
     return step
 
@@ -147,6 +151,23 @@ class Rollout:
                 to = after * rows if self.two_times else None
                 prediction = net(x, here.told * rows, cond, to=to).at(here.level * rows)
                 x0, x_t, s = prediction.x0, x, after * rows
-                fresh = partial(draw.normal, f"{purpose}.{i}", noise.shape[1:])
-                x = self.step(prediction, s, fresh) if after > 0 else x0
+                x = x0
+                if after > 0:
+                    x, std = self.step(prediction, s)
+                    x = x if std is None else x + std * draw.normal(f"{purpose}.{i}", noise.shape[1:])
             yield Sample(x, s, x0, x_t, here.level * rows, i)
+
+    def log_prob(self, net: Backbone, taken: Sample, cond: Condition) -> Tensor:
+        """log p(x | x_t) (B,) under `net` of a step that was taken, for policy gradients.
+
+        Raises ValueError for a step without fresh noise: a deterministic transition, or the last one.
+        """
+        rows = taken.t.new_ones(len(taken.t))
+        prediction = net(taken.x_t, self.steps[taken.index].told * rows, cond).at(taken.t)
+        mean, std = self.step(prediction, taken.s)
+        if std is None or not bool((taken.s > 0).all()):
+            raise ValueError(
+                "a step without fresh noise has no density: use renoise, cps or gamma, but not the last step"
+            )
+        density = torch.distributions.Normal(mean, std.expand_as(mean))
+        return density.log_prob(taken.x).flatten(1).sum(1)

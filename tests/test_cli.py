@@ -16,7 +16,7 @@ QUICK = ["batch=4", "evals.every=0", "evals.samples=24", "save.every=2", "steps=
 
 
 def train(teacher: Path, out: Path, *more: str) -> int:
-    return cli.main(["train", "configs/quickstart.yaml", *QUICK, f"model.teacher={teacher}", "--out", str(out), *more])
+    return cli.main(["train", "configs/scenes/dmd2.yaml", *QUICK, f"model.teacher={teacher}", "--out", str(out), *more])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_commands_on_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.main(["eval", str(run), "--samples", "24"]) == 0
     assert cli.main(["export", str(run), "--to", str(tmp_path / "out"), "--dtype", "float16"]) == 0
     assert cli.main(["report", str(run)]) == 0
-    assert cli.main(["config", "configs/quickstart.yaml", "model.steps=4"]) == 0
+    assert cli.main(["config", "configs/scenes/dmd2.yaml", "model.steps=4"]) == 0
     assert cli.main(["objectives"]) == 0
     assert cli.main(["objectives", "dmd2"]) == 0
     printed = capsys.readouterr().out

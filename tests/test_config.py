@@ -67,8 +67,32 @@ MISTAKES = {
 @pytest.mark.parametrize("given", MISTAKES)
 def test_mistakes_in_values(given: str) -> None:
     with pytest.raises(UserError, match=r"\w") as caught:
-        config.load("configs/quickstart.yaml", given.split())
+        config.load("configs/scenes/dmd2.yaml", given.split())
     assert MISTAKES[given] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_every_stage_or_one() -> None:
+    first, second = config.load("configs/quickstart.yaml", ["batch=8", "stage_2.steps=5", "stage_1.batch=16"])
+    assert (first.batch, second.batch) == (16, 8)
+    assert first.steps == config.load("configs/quickstart.yaml")[0].steps and second.steps == 5
+    (only,) = config.load("configs/quickstart.yaml", ["stages=[]", "objective.name=diffusion", "steps=3"])
+    assert only.steps == 3 and only.start == {}
+
+
+STAGE_MISTAKES = {
+    "stage_3.steps=5": "the config has 2 stage(s), but stage_3 was given",
+    "stage_0.steps=5": "the config has 2 stage(s), but stage_0 was given",
+    "objective.ratio=3": "stage 1 of 2: Key 'ratio' not in 'Config' at ratio (stage_1.key=value overrides",
+    "stage_2.objective.ratoi=3": "stage 2 of 2: ",
+}
+
+
+@pytest.mark.parametrize("given", STAGE_MISTAKES)
+def test_mistakes_in_stages(given: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load("configs/quickstart.yaml", [given])
+    assert STAGE_MISTAKES[given] in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -92,7 +116,7 @@ BUILD_MISTAKES = {
 def test_mistakes_in_building(given: str, tiny_teacher: Path) -> None:
     overrides = [f"model.teacher={tiny_teacher}", given]
     with pytest.raises(UserError) as caught:
-        build.build(config.load("configs/quickstart.yaml", overrides)[0])
+        build.build(config.load("configs/scenes/dmd2.yaml", overrides)[0])
     assert BUILD_MISTAKES[given] in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -101,7 +125,7 @@ def test_guidance_needs_a_null_class(tiny_sizes: dict, tmp_path: Path) -> None:
     net = diffusers.UNet2DModel(**{**tiny_sizes, "num_class_embeds": 12})
     diffusers.ConsistencyModelPipeline(unet=net, scheduler=schedulers.flow_scheduler()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no null class"):
-        build.build(config.load("configs/quickstart.yaml", [f"model.teacher={tmp_path}", "model.guidance=2"])[0])
+        build.build(config.load("configs/scenes/dmd2.yaml", [f"model.teacher={tmp_path}", "model.guidance=2"])[0])
 
 
 def test_bare_model_folder_and_image_folder_are_one_yaml(tiny_sizes: dict, tmp_path: Path) -> None:

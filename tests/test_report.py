@@ -182,12 +182,22 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert "table.json is there but cannot be read" in page_of(folder)[0]
 
 
-def test_stages_show_the_last_that_ran(tmp_path: Path) -> None:
+def test_stages_are_put_one_after_the_other(tmp_path: Path) -> None:
+    """The last config with a log counts; steps, images and grids go on from stage to stage."""
     for stage in (2, 10):
-        fill(tmp_path / f"stage_{stage}", "log")
-    (tmp_path / "stage_10" / "config.yaml").write_text("name: the tenth")
+        fill(tmp_path / f"stage_{stage}", "log", "images", "evals")
+    (tmp_path / "stage_10" / "config.yaml").write_text("name: the tenth\nsteps: 120")
     (tmp_path / "stage_11").mkdir()
-    assert "the tenth" in page_of(RunDir(tmp_path))[1].words
+    found = report.read(RunDir(tmp_path))
+    alone = report.read(RunDir(tmp_path / "stage_2"))
+    assert found.before == 100 and len(found.log) == 2 * len(alone.log)
+    assert [row["step"] for row in found.log[-3:]] == [100 + row["step"] for row in alone.log[-3:]]
+    assert found.log[-1]["images"] == 2 * alone.log[-1]["images"]
+    assert found.evals[-1]["step"] == 100 + alone.evals[-1]["step"]
+    words = page_of(RunDir(tmp_path))[1].words
+    assert "the tenth" in words and "at step 200 of 220" in words
+    assert len(found.samples) == 2 * len(alone.samples)
+    assert "stage 10, step" in (RunDir(tmp_path).root / "report.html").read_text()
 
 
 def test_an_unwritable_place(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_weights_are_small_and_the_stored_row_is_theirs(folder: Path) -> None:
 def test_fifty_steps_draw_what_the_stored_row_says(folder: Path) -> None:
     """96 images at other noise; six standard errors of a binomial share at most."""
     stored = json.loads((folder / "evals.json").read_text())["rows"]["2000"]
-    run = build.build(config.load("configs/quickstart.yaml", [f"model.teacher={folder}"])[0])
+    run = build.build(config.load("configs/scenes/dmd2.yaml", [f"model.teacher={folder}"])[0])
     labels = torch.arange(96) % 12
     images = measure.generate(*measure.teacher(run, 50), labels, 96, run.shape, seed=5)
     read, _ = measure.reader().read(images)

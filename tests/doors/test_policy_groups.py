@@ -12,45 +12,32 @@ from torch import Tensor
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.schedule import Flow
-from fewstep.models.backbone import Backbone
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Objective, Share, Triad, Turn
-from fewstep.rollout import Rollout, Sample, Step, cps
+from fewstep.rollout import Rollout, Sample, Step, cps, ode
 
 GROUP, ETA, GOAL = 4, 0.5, 2.0
 STEPS = Rollout([Step(1 - i / 3, 1 - i / 3) for i in range(3)], cps(ETA))
 
 
-def log_prob(net: Backbone, taken: Sample, cond: Condition) -> Tensor:
-    """log p(x | x_t) (B,) of one step of coefficient-preserving sampling."""
-    prediction = net(taken.x_t, taken.t, cond)
-    c = net.schedule.at(taken.s, taken.x)
-    mean = c.alpha * prediction.x0 + math.cos(ETA * math.pi / 2) * c.sigma * prediction.eps
-    std = math.sin(ETA * math.pi / 2) * c.sigma
-    return (-0.5 * ((taken.x - mean) / std) ** 2 - std.log()).flatten(1).sum(1)
-
-
 class Policy(Objective):
     def trajectory(self, batch: Batch) -> list[Sample]:
-        """The steps taken that had fresh noise, each as its Sample at the next level."""
-        net, args = self.triad.generator, (batch.noise, batch.cond, batch.draw)
-        exits = range(len(self.rollout) - 1)
-        return [self.rollout(net, *args, exit=i, stop=self.rollout.level_after(i)).detach() for i in exits]
+        """The steps taken in one walk; all but the last had fresh noise."""
+        return list(self.rollout.walk(self.triad.generator, batch.noise, batch.cond, batch.draw))
 
     def turns(self, batch: Batch, step: int):
         net = self.triad.generator
-        taken = self.trajectory(batch)
-        clean = self.rollout(net, batch.noise, batch.cond, batch.draw).x0
-        reward = -(clean - GOAL).square().flatten(1).mean(1)
+        *taken, last = self.trajectory(batch)
+        reward = -(last.x0 - GOAL).square().flatten(1).mean(1)
         groups = reward.reshape(-1, GROUP)
         advantage = groups - groups.mean(1, keepdim=True)
         scale = yield Share(advantage.square().mean())
         advantage = (advantage / (scale.sqrt() + 1e-6)).flatten()
         with torch.no_grad():
-            old = [log_prob(net, one, batch.cond) for one in taken]
+            old = [self.rollout.log_prob(net, one, batch.cond) for one in taken]
         for i in range(self.config):
             for k, (one, before) in enumerate(zip(taken, old, strict=True)):
-                ratio = (log_prob(net, one, batch.cond) - before).exp()
+                ratio = (self.rollout.log_prob(net, one, batch.cond) - before).exp()
                 clipped = ratio.clamp(0.8, 1.2)
                 loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
                 drift = yield Share((ratio.detach() - 1).abs().mean())
@@ -74,17 +61,27 @@ def test_a_cached_trajectory_is_the_rollout(stage: Any) -> None:
     batch = prompts(torch.arange(8), 0)
     taken = one.objective.trajectory(batch)
     assert torch.equal(taken[0].x_t, batch.noise) and torch.equal(taken[1].x_t, taken[0].x)
-    assert [one.s[0].item() for one in taken] == pytest.approx([2 / 3, 1 / 3])
-    assert torch.equal(STEPS(net, batch.noise, batch.cond, batch.draw).x_t, taken[1].x)
+    assert [one.s[0].item() for one in taken] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert torch.equal(STEPS(net, batch.noise, batch.cond, batch.draw).x, taken[-1].x)
 
 
 def test_the_log_probability_is_that_of_the_step(stage: Any) -> None:
-    """Its mean over steps taken is minus the entropy of the fresh noise, up to the constant log sqrt(2 pi)."""
+    """Its mean over steps taken is minus the entropy of the fresh noise."""
     net, batch = student(), prompts(torch.arange(20_000), 0)
-    (taken, _) = stage(Policy, Triad(net), STEPS, config=1).objective.trajectory(batch)
+    taken, *_ = stage(Policy, Triad(net), STEPS, config=1).objective.trajectory(batch)
     std = math.sin(math.pi / 4) * 2 / 3
-    mean = log_prob(net, taken, batch.cond).mean().item()
-    assert mean == pytest.approx(-0.5 - math.log(std), abs=4 * 0.5**0.5 / 20_000**0.5)
+    mean = STEPS.log_prob(net, taken, batch.cond).mean().item()
+    assert mean == pytest.approx(-0.5 - math.log(std * math.sqrt(2 * math.pi)), abs=4 * 0.5**0.5 / 20_000**0.5)
+
+
+def test_a_step_without_fresh_noise_has_no_density() -> None:
+    net, batch = student(), prompts(torch.arange(4), 0)
+    *_, last = STEPS.walk(net, batch.noise, batch.cond, batch.draw)
+    straight = Rollout(STEPS.steps, ode)
+    first = next(straight.walk(net, batch.noise, batch.cond, batch.draw))
+    for rollout, taken in ((STEPS, last), (straight, first)):
+        with pytest.raises(ValueError, match="without fresh noise"):
+            rollout.log_prob(net, taken, batch.cond)
 
 
 @pytest.mark.parametrize("parts", [1, 4])

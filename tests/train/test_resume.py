@@ -26,11 +26,11 @@ QUICK = [
 
 def command(teacher: Path, out: Path, *more: str) -> list[str]:
     overrides = [*QUICK, f"model.teacher={teacher}"]
-    return [sys.executable, "-m", "fewstep.cli", "train", "configs/quickstart.yaml", *overrides, f"--out={out}", *more]
+    return [sys.executable, "-m", "fewstep.cli", "train", "configs/scenes/dmd2.yaml", *overrides, f"--out={out}", *more]
 
 
 def run_folder(out: Path) -> Path:
-    return next(out.glob("*_quickstart"))
+    return next(out.glob("*_dmd2"))
 
 
 def wait_for_step(out: Path, step: int) -> None:
