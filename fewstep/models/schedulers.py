@@ -23,14 +23,17 @@ _BETAS = (
 )
 
 
+def _flows(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def read(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
     """The process and the prediction kind a diffusers scheduler stands for.
 
     Raises UserError for a scheduler of neither kind and for epsilon at a zero terminal SNR.
     """
     config = scheduler.config
-    flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas")
-    if flow:
+    if _flows(scheduler):
         return Flow(), "flow_prediction"
     if not hasattr(scheduler, "alphas_cumprod"):
         raise UserError(
@@ -44,6 +47,21 @@ def read(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
     if kind == "epsilon" and scheduler.alphas_cumprod[-1] <= 0:
         raise UserError("epsilon prediction is not finite at a zero terminal SNR: use v_prediction")
     return schedule, kind
+
+
+def time_shift(scheduler: Any) -> float:
+    """The factor by which a flow scheduler shifts even times towards noise; 1 where it does not.
+
+    Raises UserError for a shift that depends on the size of the image.
+    """
+    if not _flows(scheduler):
+        return 1.0
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise UserError(
+            f"the scheduler {type(scheduler).__name__} shifts its times by the size of the image "
+            "(use_dynamic_shifting): set model.shift"
+        )
+    return float(scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0)
 
 
 def flow_scheduler(flow_shift: float = 1.0) -> Any:
@@ -99,7 +117,7 @@ def steps_of(scheduler: Any, steps: int) -> list[Step]:
     if steps > trained:
         raise UserError(f"{steps} steps were asked for, but the schedule has only {trained}")
     scheduler.set_timesteps(steps)
-    if scheduler.config.get("use_flow_sigmas"):
+    if _flows(scheduler):
         pairs = zip(scheduler.timesteps.tolist(), scheduler.sigmas[:-1].tolist(), strict=True)
         return [Step(told / trained, sigma) for told, sigma in pairs]
     return [Step((index + 1) / trained, (index + 1) / trained) for index in scheduler.timesteps.tolist()]

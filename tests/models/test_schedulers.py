@@ -120,6 +120,28 @@ def test_vp_students_with_other_transitions_are_refused(route: str) -> None:
     assert levels(schedulers.student_scheduler(teacher(), "epsilon", route, 1), 1) == [1]
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    ],
+)
+def test_a_flow_teacher_is_walked_by_its_own_sigmas_and_times(scheduler: Any) -> None:
+    steps = schedulers.steps_of(scheduler, 4)
+    assert [step.level for step in steps] == pytest.approx(scheduler.sigmas[:4].tolist())
+    assert [step.told for step in steps] == pytest.approx((scheduler.timesteps / 1000).tolist())
+    assert schedulers.time_shift(scheduler) == 3
+
+
+def test_the_time_shift_of_a_teacher_is_read() -> None:
+    assert schedulers.time_shift(diffusers.FlowMatchEulerDiscreteScheduler()) == 1
+    assert schedulers.time_shift(schedulers.flow_scheduler(5.0)) == 5
+    assert schedulers.time_shift(teacher()) == 1
+    with pytest.raises(UserError, match=r"shifts its times by the size of the image .*: set model\.shift"):
+        schedulers.time_shift(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+
 def test_more_steps_than_the_schedule_has_are_refused() -> None:
     short = schedulers.vp_scheduler("epsilon", {**BETAS, "num_train_timesteps": 20})
     assert len(schedulers.steps_of(short, 20)) == 20
