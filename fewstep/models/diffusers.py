@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import VP, NoiseSchedule
 from fewstep.models.backbone import Backbone
 from fewstep.models.embedders import TimeEmbedder
-from fewstep.models.taps import Stopped, tapped
+from fewstep.models.taps import Stopped, first, tapped
+
+
+def _no_classes(net: nn.Module) -> None:
+    """A network that is told prompts has no label embeddings."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,15 @@ class Family:
     """How one diffusers class is called.
 
     `call(net, x, timestep, cond)` returns the raw output; `tap` is the usual block for a discriminator;
-    `time_embedding` names the module whose output is the time embedding; `classes` counts the label embeddings.
+    `time_embedding` names the module whose output is the time embedding; `classes` counts the label embeddings;
+    `feature(block, output)` is the tensor that a tap of `block` gives.
     """
 
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
     tap: Callable[[nn.Module], str]
     time_embedding: str
-    classes: Callable[[nn.Module], int | None]
+    classes: Callable[[nn.Module], int | None] = _no_classes
+    feature: Callable[[nn.Module, Any], Tensor] = first
 
 
 def _unet2d(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
@@ -39,6 +46,22 @@ def _dit(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor
     output = net(x, timestep=timestep, class_labels=cond.inputs["class_labels"], return_dict=False)[0]
     # DiT may learn its variance: the first half of the channels is the prediction.
     return output[:, : x.shape[1]]
+
+
+def _unet2d_condition(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
+    inputs = dict(cond.inputs)
+    sized = net.config.addition_embed_type == "text_time"
+    added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids")} if sized else None
+    return net(x, timestep, added_cond_kwargs=added, return_dict=False, **inputs)[0]
+
+
+def _transformer(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
+    return net(x, timestep=timestep, return_dict=False, **cond.inputs)[0]
+
+
+def _image_stream(block: nn.Module, output: Any) -> Tensor:
+    """A joint block returns its text first, and no text at all in the last block."""
+    return output[1] if type(block).__name__ == "JointTransformerBlock" else first(block, output)
 
 
 FAMILIES: dict[str, Family] = {
@@ -53,6 +76,22 @@ FAMILIES: dict[str, Family] = {
         tap=lambda net: f"transformer_blocks.{len(net.transformer_blocks) // 2}",
         time_embedding="transformer_blocks.0.norm1.emb",
         classes=lambda net: net.config.num_embeds_ada_norm + 1,
+    ),
+    "UNet2DConditionModel": Family(
+        call=_unet2d_condition,
+        tap=lambda net: "mid_block",
+        time_embedding="time_embedding",
+    ),
+    "SD3Transformer2DModel": Family(
+        call=_transformer,
+        tap=lambda net: f"transformer_blocks.{len(net.transformer_blocks) // 2}",
+        time_embedding="time_text_embed.timestep_embedder",
+        feature=_image_stream,
+    ),
+    "WanTransformer3DModel": Family(
+        call=_transformer,
+        tap=lambda net: f"blocks.{len(net.blocks) // 2}",
+        time_embedding="condition_embedder.time_embedder",
     ),
 }
 
@@ -70,17 +109,26 @@ def network_time(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 class DiffusersBackbone(Backbone):
     """`net` is the plain diffusers module; nothing of its forward is rewritten.
 
-    `null_label` is the class that means "no class". Dials (further per-sample scalars, and the second time `to`)
-    enter through zero-initialised embedders added to the time embedding: see `add_dial`.
+    `null_label` is the class that means "no class". `unconditional` is one row of the inputs that mean "no prompt", or
+    a negative one; inputs that it does not name, such as sizes, stay what they are. Dials (further per-sample scalars,
+    and the second time `to`) enter through zero-initialised embedders added to the time embedding: see `add_dial`.
     Raises ValueError for a class without a row in FAMILIES.
     """
 
-    def __init__(self, net: nn.Module, schedule: NoiseSchedule, kind: Kind, null_label: int | None = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        schedule: NoiseSchedule,
+        kind: Kind,
+        null_label: int | None = None,
+        unconditional: Condition | None = None,
+    ):
         super().__init__()
         name = type(net).__name__
         if name not in FAMILIES:
             raise ValueError(f"no row for {name} in the table of families: it has {', '.join(sorted(FAMILIES))}")
-        self.net, self.schedule, self.kind, self.null_label = net, schedule, kind, null_label
+        self.net, self.schedule, self.kind = net, schedule, kind
+        self.null_label, self.unconditional = null_label, unconditional
         self.family = FAMILIES[name]
         self.dials = nn.ModuleDict()
 
@@ -102,9 +150,17 @@ class DiffusersBackbone(Backbone):
         return linears[-1].out_features
 
     def null(self, cond: Condition) -> Condition:
+        if self.unconditional is not None:
+            return self._without_prompt(cond, self.unconditional)
         if self.null_label is None:
             return super().null(cond)
         return cond.with_inputs(class_labels=torch.full_like(cond.inputs["class_labels"], self.null_label))
+
+    def _without_prompt(self, cond: Condition, unconditional: Condition) -> Condition:
+        # Kept where the conditions are, for a copy of every batch would stall the device.
+        here = unconditional.to(next(iter(cond.inputs.values())).device)
+        self.unconditional = here
+        return cond.with_inputs(**{name: row.expand_as(cond.inputs[name]) for name, row in here.inputs.items()})
 
     def _refuse_unheard(self, cond: Condition, to: Tensor | None) -> None:
         """A scalar the network has no input for would be ignored without a word."""
@@ -144,7 +200,7 @@ class DiffusersBackbone(Backbone):
         handle = self._embedding_hook(cond, to) if cond.dials or to is not None else None
         value = x_t.new_empty(0)
         try:
-            with tapped(self.net, taps, stop) as features, suppress(Stopped):
+            with tapped(self.net, taps, stop, self.family.feature) as features, suppress(Stopped):
                 value = self.family.call(self.net, x_t, timestep, cond)
         finally:
             if handle is not None:

@@ -47,7 +47,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _pretrained(kind: Any, folder: str, weights: bool = True, **where: Any) -> Any:
+def pretrained(kind: Any, folder: str, weights: bool = True, **where: Any) -> Any:
+    """`kind.from_pretrained`, or the shape alone on the meta device. Raises UserError with diffusers' reason."""
     try:
         if not weights:
             config = kind.load_config(folder, **where)
@@ -62,15 +63,58 @@ def _pretrained(kind: Any, folder: str, weights: bool = True, **where: Any) -> A
 def _network(kind: Any, folder: str, weights: bool, **where: Any) -> nn.Module:
     """A float32 network with exactly the tensors of its safetensors file; pickles are never opened."""
     if not weights:
-        return _pretrained(kind, folder, weights=False, **where)
+        return pretrained(kind, folder, weights=False, **where)
     where = {**where, "torch_dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    net, found = _pretrained(kind, folder, **where)
+    net, found = pretrained(kind, folder, **where)
     if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
         raise UserError(
             f"the weights at {folder} are not those of its {kind.__name__}: "
             f"{len(wrong)} tensors are missing or left over, such as {wrong[0]}"
         )
     return net
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Where a pipeline lies: a folder or a hub id, its model_index.json, and how `from_pretrained` finds it."""
+
+    source: str
+    index: dict[str, Any]
+    where: dict[str, Any]
+
+    def class_of(self, part: str) -> str | None:
+        """The class that the index names for `part`: its nodes are [library, class] or [null, null]."""
+        node = self.index.get(part)
+        return node[1] if isinstance(node, list) and len(node) == 2 else None
+
+    @property
+    def part(self) -> str:
+        """The name of the denoiser's folder. Raises UserError for a pipeline without or with two."""
+        parts = [name for name in self.index if name.startswith(DENOISERS) and self.class_of(name)]
+        if not parts:
+            raise UserError(f"the pipeline at {self.source} has no denoiser: none of {', '.join(DENOISERS)} is there")
+        if len(parts) > 1:
+            raise UserError(f"the pipeline at {self.source} has {' and '.join(parts)}, but fewstep takes one denoiser")
+        return parts[0]
+
+
+def find(source: str, revision: str | None = None) -> Pipeline:
+    """The pipeline in the folder `source` or of the hub id `source`. Raises UserError where there is none."""
+    folder = locate(source)
+    if (folder / "model_index.json").is_file():
+        return Pipeline(str(folder), _read_json(folder / "model_index.json"), {})
+    if folder.exists():
+        raise UserError(f"{folder} is no diffusers folder: it has neither model_index.json nor config.json")
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UserError(f"there is no teacher at {source}: give a diffusers folder or a hub id such as owner/name")
+    where = {"revision": revision} if revision else {}
+    try:
+        return Pipeline(source, diffusers.DiffusionPipeline.load_config(source, **where), where)
+    except OSError:
+        raise UserError(
+            f"there is no folder {source}, and the hub has no pipeline of that name within reach: "
+            "check the spelling, or download it and give the folder"
+        ) from None
 
 
 def load(source: str, revision: str | None = None, weights: bool = True) -> Loaded:
@@ -80,24 +124,9 @@ def load(source: str, revision: str | None = None, weights: bool = True) -> Load
     Raises UserError where nothing is found or the class has no row in the table of families.
     """
     folder = locate(source)
-    if (folder / "model_index.json").is_file():
-        index = _read_json(folder / "model_index.json")
-        return _from_pipeline(str(folder), index, {}, weights)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         return Loaded(_model(str(folder), _read_json(folder / "config.json"), weights), None)
-    if folder.exists():
-        raise UserError(f"{folder} is no diffusers folder: it has neither model_index.json nor config.json")
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UserError(f"there is no teacher at {source}: give a diffusers folder or a hub id such as owner/name")
-    where = {"revision": revision} if revision else {}
-    try:
-        index = diffusers.DiffusionPipeline.load_config(source, **where)
-    except OSError:
-        raise UserError(
-            f"there is no folder {source}, and the hub has no pipeline of that name within reach: "
-            "check the spelling, or download it and give the folder"
-        ) from None
-    return _from_pipeline(source, index, where, weights)
+    return denoiser(find(source, revision), weights)
 
 
 def _model(folder: str, config: dict[str, Any], weights: bool) -> nn.Module:
@@ -105,21 +134,14 @@ def _model(folder: str, config: dict[str, Any], weights: bool) -> nn.Module:
     return _network(kind, folder, weights)
 
 
-def _class_of(index: dict[str, Any], part: str) -> str | None:
-    """The class that a pipeline's index names for `part`: its nodes are [library, class] or [null, null]."""
-    node = index.get(part)
-    return node[1] if isinstance(node, list) and len(node) == 2 else None
-
-
-def _from_pipeline(source: str, index: dict[str, Any], where: dict[str, Any], weights: bool) -> Loaded:
-    part = next((name for name in DENOISERS if _class_of(index, name)), None)
-    if part is None:
-        raise UserError(f"the pipeline at {source} has no denoiser: none of {', '.join(DENOISERS)} is there")
-    net = _network(_class(index[part][1]), source, weights, subfolder=part, **where)
-    scheduler_class = getattr(diffusers, _class_of(index, "scheduler") or "?", None)
+def denoiser(pipeline: Pipeline, weights: bool = True) -> Loaded:
+    """The denoiser and the scheduler of a pipeline; see `load`."""
+    kind = _class(str(pipeline.class_of(pipeline.part)))
+    net = _network(kind, pipeline.source, weights, subfolder=pipeline.part, **pipeline.where)
+    scheduler_class = getattr(diffusers, pipeline.class_of("scheduler") or "?", None)
     if scheduler_class is None:
-        raise UserError(f"the pipeline at {source} has no scheduler that diffusers knows")
-    return Loaded(net, _pretrained(scheduler_class, source, subfolder="scheduler", **where))
+        raise UserError(f"the pipeline at {pipeline.source} has no scheduler that diffusers knows")
+    return Loaded(net, pretrained(scheduler_class, pipeline.source, subfolder="scheduler", **pipeline.where))
 
 
 def new(network: dict[str, Any], weights: bool = True) -> nn.Module:

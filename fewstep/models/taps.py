@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,15 +13,25 @@ class Stopped(Exception):
     """Raised by the hook of the last tapped block; exact under autograd, checkpointing, compile and FSDP2."""
 
 
+def first(block: nn.Module, output: Any) -> Tensor:
+    """The output of a block, or the first of several."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
-def tapped(net: nn.Module, taps: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
-    """Collects the outputs of the blocks `taps` of `net` while inside. Raises ValueError for an unknown block."""
+def tapped(
+    net: nn.Module, taps: Sequence[str], stop: bool, feature: Callable[[nn.Module, Any], Tensor] = first
+) -> Iterator[dict[str, Tensor]]:
+    """Collects `feature(block, output)` of the blocks `taps` of `net` while inside.
+
+    Raises ValueError for an unknown block.
+    """
     features: dict[str, Tensor] = {}
     handles = []
 
     def hook(name: str):
         def keep(module: nn.Module, args: object, output: object) -> None:
-            features[name] = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
+            features[name] = feature(module, output)
             if stop and len(features) == len(taps):
                 raise Stopped
 

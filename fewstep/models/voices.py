@@ -140,7 +140,7 @@ class Voice(DiffusersBackbone):
 
     def __init__(self, shared: Shared, voice: str | None):
         backbone = shared.backbone
-        super().__init__(backbone.net, backbone.schedule, backbone.kind, backbone.null_label)
+        super().__init__(backbone.net, backbone.schedule, backbone.kind, backbone.null_label, backbone.unconditional)
         # Past nn.Module's bookkeeping: registered modules would be among the parameters of the voice.
         object.__setattr__(self, "net", self._modules.pop("net"))
         object.__setattr__(self, "shared", shared)
@@ -169,7 +169,7 @@ class Voice(DiffusersBackbone):
             if self.voice in layer.lora_A:
                 layer.base_layer.weight += layer.get_delta_weight(self.voice)
             net.set_submodule(name, layer.base_layer)
-        backbone = DiffusersBackbone(net, self.schedule, self.kind, self.null_label)
+        backbone = DiffusersBackbone(net, self.schedule, self.kind, self.null_label, self.unconditional)
         backbone.dials = copy.deepcopy(self.dials)
         return backbone.eval()
 
