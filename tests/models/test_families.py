@@ -1,0 +1,256 @@
+"""The text families against their own pipelines: what the denoiser is told, what it says, where a step leads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import diffusers
+import pytest
+import tiny_pipelines
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.core.batch import Condition
+from fewstep.core.schedule import VP, Flow
+from fewstep.models import schedulers
+from fewstep.models.backbone import Guided
+from fewstep.models.codec import codec_of
+from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.lora import LoraSpec
+from fewstep.models.voices import Shared
+
+FAMILIES = tuple(tiny_pipelines.MAKERS)
+PROMPTS = ["a red cat", "two dogs"]
+T = torch.tensor([0.3, 0.8])
+
+
+@pytest.fixture(params=FAMILIES)
+def pipeline(request: pytest.FixtureRequest) -> Any:
+    """A tiny random pipeline of each family."""
+    return tiny_pipelines.make(request.param)
+
+
+def denoiser(pipeline: Any) -> nn.Module:
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
+def video(pipeline: Any) -> bool:
+    return isinstance(pipeline, diffusers.WanPipeline)
+
+
+def backbone_of(pipeline: Any, negative: str = "") -> DiffusersBackbone:
+    schedule, kind = schedulers.read(pipeline.scheduler)
+    row = codec_of(pipeline).unconditional(negative)
+    return DiffusersBackbone(denoiser(pipeline), schedule, kind, unconditional=row)
+
+
+def sized(pipeline: Any) -> dict[str, int]:
+    """The size that the tiny networks and the default conditions are made for."""
+    return {"height": 16, "width": 16, **({"num_frames": 5} if video(pipeline) else {})}
+
+
+def noise_for(pipeline: Any) -> Tensor:
+    shape = codec_of(pipeline).latent_shape(16, 16, 5 if video(pipeline) else None)
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def asked(pipeline: Any) -> tuple[DiffusersBackbone, Tensor, Condition]:
+    """The backbone of a pipeline and something to ask it."""
+    return backbone_of(pipeline), noise_for(pipeline), codec_of(pipeline).encode_prompts(PROMPTS)
+
+
+def their_walk(pipeline: Any, steps: int, negative: str | None, **given: Any) -> list[Tensor]:
+    """The latents after every step of the pipeline's own loop."""
+    seen: list[Tensor] = []
+
+    def keep(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(tensors["latents"].clone())
+        return tensors
+
+    pipeline(
+        PROMPTS,
+        negative_prompt=None if negative is None else [negative] * len(PROMPTS),
+        num_inference_steps=steps,
+        output_type="latent",
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["latents"],
+        **{"guidance_scale": 5.0, "latents": noise_for(pipeline), **sized(pipeline), **given},
+    )
+    return seen
+
+
+@torch.no_grad()
+def our_walk(pipeline: Any, steps: int, negative: str | None) -> list[Tensor]:
+    """The latents after every step of the same scheduler with our guided backbone."""
+    guided = Guided(backbone_of(pipeline, negative or ""), 5.0)
+    cond, scheduler, seen = codec_of(pipeline).encode_prompts(PROMPTS), copy.deepcopy(pipeline.scheduler), []
+    scheduler.set_timesteps(steps)
+    x = noise_for(pipeline) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for timestep in scheduler.timesteps:
+        told = (timestep + 1 if isinstance(guided.schedule, VP) else timestep) / 1000
+        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+        value = guided(scaled, told.float().expand(len(x)), cond).value
+        x = scheduler.step(value, timestep, x, return_dict=False)[0]
+        seen.append(x)
+    return seen
+
+
+@pytest.mark.parametrize("negative", [None, "a blue car"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_every_step_is_that_of_the_pipeline(steps: int, negative: str | None, pipeline: Any) -> None:
+    theirs, mine = their_walk(pipeline, steps, negative), our_walk(pipeline, steps, negative)
+    assert len(theirs) == len(mine) == steps
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_wan_walks_with_the_scheduler_that_it_ships(steps: int) -> None:
+    shipped = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
+    )
+    pipeline = tiny_pipelines.make("wan", scheduler=shipped)
+    theirs, mine = their_walk(pipeline, steps, None), our_walk(pipeline, steps, None)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("family, changes", [*((family, {}) for family in FAMILIES), ("sd3", {"long_prompts": False})])
+def test_a_condition_is_what_the_pipeline_tells_its_denoiser(family: str, changes: dict[str, Any]) -> None:
+    pipeline = tiny_pipelines.make(family, **changes)
+    told: dict[str, Any] = {}
+    hook = lambda module, args, kwargs: told.update(kwargs)
+    handle = denoiser(pipeline).register_forward_pre_hook(hook, with_kwargs=True)
+    their_walk(pipeline, 1, None, guidance_scale=1.0)
+    handle.remove()
+    told |= told.get("added_cond_kwargs") or {}
+    cond = codec_of(pipeline).encode_prompts(PROMPTS)
+    assert all(torch.equal(value, told[name]) for name, value in cond.inputs.items())
+    assert all(value.dtype == torch.float32 and len(value) == 2 for value in cond.inputs.values())
+
+
+def test_the_process_is_read_from_the_scheduler(pipeline: Any) -> None:
+    schedule, kind = schedulers.read(pipeline.scheduler)
+    flow = not hasattr(pipeline, "unet")
+    assert isinstance(schedule, Flow if flow else VP)
+    expected = pipeline.scheduler.config.get("prediction_type", "flow_prediction")
+    assert kind == expected and schedulers.time_shift(pipeline.scheduler) == (3.0 if flow else 1.0)
+
+
+def test_the_null_condition_keeps_the_sizes_and_the_dials(pipeline: Any) -> None:
+    backbone, _, cond = asked(pipeline)
+    row = backbone.unconditional
+    assert row is not None and "time_ids" not in row.inputs
+    null = backbone.null(Condition(cond.inputs, {"w": T}))
+    assert set(null.inputs) == set(cond.inputs) and torch.equal(null.dials["w"], T)
+    for name, value in null.inputs.items():
+        expected = row.inputs[name].expand_as(value) if name in row.inputs else cond.inputs[name]
+        assert torch.equal(value, expected)
+    other = DiffusersBackbone(backbone.net, backbone.schedule, backbone.kind)
+    with pytest.raises(ValueError, match="has no null condition: set guidance to 1"):
+        other.null(cond)
+
+
+def last_block(pipeline: Any) -> str:
+    return "up_blocks.0" if hasattr(pipeline, "unet") else "blocks.1" if video(pipeline) else "transformer_blocks.2"
+
+
+def test_a_stopped_forward_has_the_features_of_a_whole_one(pipeline: Any) -> None:
+    backbone, x, cond = asked(pipeline)
+    names = list(dict.fromkeys([backbone.tap, last_block(pipeline)]))
+    whole, stopped = backbone(x, T, cond, taps=names), backbone(x, T, cond, taps=names, stop=True)
+    assert stopped.value.numel() == 0 and torch.equal(whole.value, backbone(x, T, cond).value)
+    assert list(whole.features) == list(stopped.features) == names
+    assert all(torch.equal(whole.features[name], stopped.features[name]) for name in names)
+
+
+def test_a_tap_of_a_joint_block_is_its_image_stream() -> None:
+    backbone, x, cond = asked(tiny_pipelines.make("sd3"))
+    given: list[Tensor] = []
+    backbone.net.norm_out.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    names = ["transformer_blocks.0", "transformer_blocks.2", "transformer_blocks.2.attn", "pos_embed"]
+    features = backbone(x, T, cond, taps=names).features
+    assert {value.shape for value in features.values()} == {(2, 16, 8)}
+    assert torch.equal(features["transformer_blocks.2"], given[0])
+
+
+def test_the_input_gets_a_gradient_through_guidance(pipeline: Any) -> None:
+    backbone, x, cond = asked(pipeline)
+    x.requires_grad_()
+    Guided(backbone, 5.0)(x, T, cond).value.square().mean().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and (x.grad.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_forward_derivatives_are_finite_differences(pipeline: Any) -> None:
+    backbone, x, cond = asked(pipeline)
+    backbone.double()
+    cond = Condition({name: value.double() for name, value in cond.inputs.items()})
+    x, t, dx, dt = x.double(), T.double(), torch.randn_like(x).double(), torch.tensor([0.5, -1.0]).double()
+    speak = lambda x, t: backbone(x, t, cond).value
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        for tangents, h in (((dx, torch.zeros_like(dt)), 1e-3), ((torch.zeros_like(dx), dt), 1e-4)):
+            _, exact = torch.func.jvp(speak, (x, t), tangents)
+            forth, back = (speak(x + s * tangents[0], t + s * tangents[1]) for s in (h, -h))
+            assert exact.abs().max() > 0
+            assert (exact - (forth - back) / (2 * h)).norm() < 5e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ["to", "guidance"])
+def test_a_dial_is_silent_until_it_has_learned(name: str, pipeline: Any) -> None:
+    backbone, x, cond = asked(pipeline)
+    before = backbone(x, T, cond).value
+    backbone.add_dial(name)
+    (embedder,) = backbone.dials.values()
+
+    def turned(value: float) -> Tensor:
+        dial = torch.full((2,), value)
+        if name == "to":
+            return backbone(x, T, cond, to=dial).value
+        return backbone(x, T, Condition(cond.inputs, {name: dial})).value
+
+    assert torch.equal(turned(0.1), before) and torch.equal(turned(0.7), before)
+    with torch.no_grad():
+        embedder.layers[-1].weight.normal_(std=0.3)
+    assert (turned(0.1) - turned(0.7)).abs().max() > 1e-4
+    turned(0.1).square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in embedder.parameters())
+
+
+def voices_of(backbone: DiffusersBackbone) -> Shared:
+    spec = LoraSpec(2, 4.0, ["to_q", "to_v", "to_out.0"])
+    return Shared(backbone, {"generator": spec, "critic": spec})
+
+
+def test_a_voice_speaks_through_each_family(pipeline: Any) -> None:
+    backbone, x, cond = asked(pipeline)
+    before = backbone(x, T, cond).value.detach()
+    voice = voices_of(backbone).as_("critic")
+    assert torch.equal(voice(x, T, cond).value, before)
+    for p in voice.parameters():
+        nn.init.normal_(p, std=0.3)
+    after = voice(x, T, cond).value.detach()
+    assert (after - before).abs().max() > 1e-3
+    assert (voice.fused()(x, T, cond).value - after).abs().max() < 1e-5
+    null = backbone.null(cond)
+    for net in (voice, copy.deepcopy(voice), voice.fused()):
+        assert all(torch.equal(value, null.inputs[name]) for name, value in net.null(cond).inputs.items())
+
+
+def test_a_checkpointed_voice_has_the_gradients_of_a_plain_one(pipeline: Any) -> None:
+    backbone, x, cond = asked(pipeline)
+    shared = voices_of(backbone)
+    critic = shared.as_("critic")
+    for p in critic.parameters():
+        nn.init.normal_(p, std=0.3)
+
+    def gradients() -> list[Tensor]:
+        loss = Guided(critic, 5.0)(x, T, cond).value.square().mean()
+        shared.as_("generator")(x, T, cond)
+        return list(torch.autograd.grad(loss, list(critic.parameters())))
+
+    plain = gradients()
+    shared.enable_gradient_checkpointing()
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, gradients(), strict=True))
+    assert all(p.grad is None for p in backbone.net.parameters()) and max(g.abs().max() for g in plain) > 1e-4
