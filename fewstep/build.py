@@ -27,7 +27,7 @@ from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, transition
-from fewstep.train import checkpoint
+from fewstep.train import checkpoint, processes
 from fewstep.train.player import Follower, Player, constant_decay, ema_decay
 
 
@@ -306,12 +306,13 @@ def build_players(config: Config, triad: Triad, objective: Objective) -> dict[st
 
 
 def batches(run: Run) -> Callable[[int], list[Batch]]:
-    """step -> its micro-batches. Sample ids are step * batch + position, whatever the number of micro-batches."""
+    """step -> this process's micro-batches. Sample ids are step * batch + position, however a batch is split."""
     config, reads = run.config, run.objective.reads
 
     def at(step: int) -> list[Batch]:
         ids = torch.arange(step * config.batch, (step + 1) * config.batch, device=run.device)
-        return [one(part, step) for part in ids.chunk(config.micro_batches)]
+        mine = processes.share(ids, config.micro_batches * run.objective.group)
+        return [one(part, step) for part in mine.chunk(config.micro_batches)]
 
     def one(ids: torch.Tensor, step: int) -> Batch:
         draw = Draw(config.seed, step, ids)

@@ -16,20 +16,28 @@ from fewstep.core.errors import UserError
 
 
 def train(args: argparse.Namespace) -> None:
-    from fewstep import config, finish, runner
-    from fewstep.train import rundir
+    from fewstep import build, config, finish, runner
+    from fewstep.train import processes
 
     configs = config.load(args.config, args.overrides)
     if args.dry_run:
         finish.dry_run(configs)
         return
-    resume = None
+    with processes.started(build.pick_device(configs[0].device)):
+        root, resume = processes.from_leader(lambda: _place(args, configs[0].name))
+        if processes.leads():
+            print(f"run folder: {root}")
+        runner.play(configs, root, resume, finish.finish)
+
+
+def _place(args: argparse.Namespace, name: str) -> tuple[Path, Path | None]:
+    """The folder of the run, and the checkpoint to resume from."""
+    from fewstep import runner
+    from fewstep.train import rundir
+
     if args.resume is None:
-        root = rundir.new(Path(args.out), configs[0].name)
-    else:
-        root, resume = runner.resume_point(Path(args.resume or args.out), configs[0].name)
-    print(f"run folder: {root}")
-    runner.play(configs, root, resume, finish.finish)
+        return rundir.new(Path(args.out), name), None
+    return runner.resume_point(Path(args.resume or args.out), name)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -139,6 +147,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _process() -> str:
+    """Which process speaks, where it is not the first of several."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" (process {rank})"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C."""
     # Two threads that spin for each other stall for seconds when a third process wants a core.
@@ -149,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args.call(args)
     except UserError as error:
-        print(f"fewstep: {error}", file=sys.stderr)
+        print(f"fewstep{_process()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)

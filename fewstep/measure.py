@@ -29,6 +29,7 @@ from fewstep.models import schedulers
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.loading import locate
 from fewstep.rollout import Rollout, transition
+from fewstep.train import processes
 from fewstep.train.checkpoint import sha256
 
 GRID_SEED = 20_000
@@ -100,9 +101,11 @@ def _conditions(run: Run, count: int) -> Tensor | None:
 
 
 def save_student_grid(run: Run, path: Path, count: int = 48) -> None:
-    """A grid at fixed noise and labels, the same throughout the run."""
+    """A grid at fixed noise and labels, the same throughout the run; made by all processes, written by the leader."""
     net, rollout = student(run)
-    save_grid(generate(net, rollout, _conditions(run, count), count, run.shape, GRID_SEED), path, columns=12)
+    images = generate(net, rollout, _conditions(run, count), count, run.shape, GRID_SEED)
+    if processes.leads():
+        save_grid(images, path, columns=12)
 
 
 def save_comparison(run: Run, path: Path, columns: int = 12) -> None:

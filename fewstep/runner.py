@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from fewstep import measure
 from fewstep.build import Run
 from fewstep.config import Config, to_yaml
 from fewstep.core.errors import UserError
-from fewstep.train import checkpoint
+from fewstep.train import checkpoint, parallel, processes
 from fewstep.train.loop import Logs, train
 from fewstep.train.player import NonFinite
 from fewstep.train.rundir import RunDir
@@ -66,7 +67,14 @@ class Training:
 
     def __init__(self, run: Run, folder: RunDir, done: int, interrupts: Interrupts):
         self.run, self.folder, self.interrupts = run, folder, interrupts
-        self.bar = tqdm(total=run.config.steps, initial=done, unit="step", desc=run.config.name, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=run.config.steps,
+            initial=done,
+            unit="step",
+            desc=run.config.name,
+            dynamic_ncols=True,
+            disable=not processes.leads(),
+        )
         self.images = done * run.config.batch
         self.seen: Logs = {}
         self.started = time.perf_counter()
@@ -89,9 +97,11 @@ class Training:
         if config.evals.every and (done % config.evals.every == 0 or done == config.steps):
             self.look(done)
         due = done % config.save.every == 0 or done == config.steps
-        if due or self.interrupts.asked:
+        # A signal reaches the processes at different steps; they stop at the same one.
+        asked = processes.either(self.interrupts.asked is not None)
+        if due or asked:
             self.save(done)
-        return self.interrupts.asked is not None
+        return asked
 
     def look(self, done: int) -> None:
         measure.save_student_grid(self.run, self.folder.samples / f"{done:07d}.png")
@@ -111,7 +121,8 @@ class Training:
                 f"the checkpoint of step {done} could not be written ({error.strerror or error}): make room and "
                 "continue with --resume; earlier checkpoints are whole"
             ) from None
-        checkpoint.prune(self.folder.checkpoints, self.run.config.save.keep)
+        if processes.leads():
+            checkpoint.prune(self.folder.checkpoints, self.run.config.save.keep)
         return path
 
 
@@ -120,16 +131,17 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     run = building.build(config, previous)
     folder = RunDir(root)
     folder.create()
+    with processes.leader_first():
+        building.prepare(run, root, previous)
+    parallel.distribute(run.objective, run.players, run.device)
     done = 0
     if resume is not None:
         done = checkpoint.load(resume, run.players, run.objective)
         for name in ("log.jsonl", "evals.jsonl"):
             folder.truncate(name, done)
-    checkpoint.write_text(root / "config.yaml", to_yaml(config))
-    folder.write_origin({"source": config.model.teacher, "revision": config.model.revision})
-    building.prepare(run, root, previous)
+    folder.write_origin(to_yaml(config), {"source": config.model.teacher, "revision": config.model.revision})
     skipped = getattr(run.source, "skipped", [])
-    if skipped:
+    if skipped and processes.leads():
         print(f"{len(skipped)} files could not be read and are left out: {', '.join(str(p) for p in skipped[:5])}")
     with Interrupts() as interrupts:
         training = Training(run, folder, done, interrupts)
@@ -144,8 +156,9 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
             ) from None
         finally:
             training.bar.close()
-    if interrupts.asked and (last := checkpoint.available(folder.checkpoints)):
-        raise Interrupted(f"stopped by {interrupts.asked}; saved in {last[-1]}: continue with --resume {last[-1]}")
+    if processes.either(interrupts.asked is not None) and (last := checkpoint.available(folder.checkpoints)):
+        by = interrupts.asked or "another process"
+        raise Interrupted(f"stopped by {by}; saved in {last[-1]}: continue with --resume {last[-1]}")
     return run
 
 
@@ -158,8 +171,9 @@ def play(configs: list[Config], root: Path, resume: Path | None, finish: Callabl
     """Plays all stages. `resume` names a checkpoint; stages before its own are taken as done.
 
     A run of several stages has one sub-folder a stage; `finish` measures and exports the last one's generator and
-    leaves table, export and report in the folder of the run.
+    leaves table, export and report in the folder of the run. Of several processes the leader alone finishes.
     """
+    processes.refuse_differences("---\n".join(to_yaml(config) for config in configs))
     torch.manual_seed(configs[0].seed)
     previous: Path | None = None
     for i, config in enumerate(configs):
@@ -171,7 +185,15 @@ def play(configs: list[Config], root: Path, resume: Path | None, finish: Callabl
             continue
         run = play_stage(config, place, previous, here)
         previous = place
-    finish(run, RunDir(root))
+    if processes.leads():
+        finish(run if processes.size() == 1 else whole(run.config, place), RunDir(root))
+
+
+def whole(config: Config, place: Path) -> Run:
+    """The run of a stage in the folder `place` again, from its last checkpoint, with networks that are not sharded."""
+    run = building.build(dataclasses.replace(config, start={}))
+    checkpoint.load(building.latest(place), run.players, run.objective)
+    return run
 
 
 def resume_point(where: Path, name: str) -> tuple[Path, Path]:

@@ -28,7 +28,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "fewstep.data": ("fewstep.core", "fewstep.data"),
     "fewstep.evals": ("fewstep.core", "fewstep.evals"),
-    "fewstep.train": ("fewstep.core", "fewstep.models.backbone", "fewstep.objectives.base", "fewstep.train"),
+    "fewstep.train": (
+        "fewstep.core",
+        "fewstep.models.backbone",
+        "fewstep.models.lora",
+        "fewstep.models.passes",
+        "fewstep.objectives.base",
+        "fewstep.train",
+    ),
     "fewstep.config": ("fewstep.core", "fewstep.objectives.base", "fewstep.rollout", "fewstep.train.player"),
 }
 

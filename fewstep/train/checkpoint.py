@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
+from fewstep.train import parallel, processes
 from fewstep.train.player import Player
 
 STATE = "state.safetensors"
@@ -34,6 +35,7 @@ def collect(players: Mapping[str, Player], extra: nn.Module) -> dict[str, Tensor
         state |= {f"{name}/network/{k}": v for k, v in player.modules[0].state_dict().items()}
         for label, follower in player.followers.items():
             state |= {f"{name}/follower.{label}/{k}": v for k, v in follower.module.state_dict().items()}
+        assert player.optimizer.state or not player.moves, f"the optimizer of {name} has lost its state"
         names = {id(p): n for n, p in player.named_parameters()}
         for parameter, moments in player.optimizer.state.items():
             state |= {f"{name}/optimizer/{names[id(parameter)]}/{k}": v for k, v in moments.items()}
@@ -51,17 +53,30 @@ def restore(state: dict[str, Tensor], players: Mapping[str, Player], extra: nn.M
     try:
         extra.load_state_dict(take("objective/"))
         for name, player in players.items():
-            player.modules[0].load_state_dict(take(f"{name}/network/"))
+            fill(player.modules[0], take(f"{name}/network/"))
             for label, follower in player.followers.items():
-                follower.module.load_state_dict(take(f"{name}/follower.{label}/"))
+                fill(follower.module, take(f"{name}/follower.{label}/"))
             for key, parameter in player.named_parameters():
                 moments = take(f"{name}/optimizer/{key}/")
                 if moments:
-                    player.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+                    own = {k: parallel.like(v, parameter).to(parameter.device) for k, v in moments.items()}
+                    player.optimizer.state[parameter] = own
     except (RuntimeError, ValueError) as error:
         raise Damaged(f"the checkpoint does not fit the configured networks: {str(error).splitlines()[0]}") from None
     if left:
         raise Damaged(f"the checkpoint holds {len(left)} tensors this run has no place for, such as {min(left)}")
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads the whole tensors of `state`, of which a sharded `module` takes its own part. Raises RuntimeError."""
+    now = module.state_dict()
+    module.load_state_dict({k: parallel.like(v, now.get(k, v)) for k, v in state.items()})
+
+
+def gather(players: Mapping[str, Player], extra: nn.Module) -> dict[str, Tensor]:
+    """`collect` in whole tensors on the CPU. Every process takes part; the leader alone keeps them."""
+    whole = ((k, parallel.full(v.detach())) for k, v in collect(players, extra).items())
+    return {k: v.cpu().contiguous() for k, v in whole if processes.leads()}
 
 
 def sha256(path: Path) -> str:
@@ -79,19 +94,31 @@ def seal(manifest: Mapping[str, Any]) -> str:
 
 
 def save(folder: Path, step: int, players: Mapping[str, Player], extra: nn.Module) -> Path:
-    """Writes `folder`/<step>, the number of steps done. Raises OSError when the disk is full or read-only."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes `folder`/<step>, the number of steps done; the same file from any number of processes.
+
+    Raises OSError, in the leader, when the disk is full or read-only.
+    """
     final = folder / f"{step:07d}"
+    state = gather(players, extra)
+    if processes.leads():
+        write(final, step, {name: player.moves for name, player in players.items()}, state)
+    processes.wait()
+    return final
+
+
+def write(final: Path, step: int, moves: Mapping[str, int], state: dict[str, Tensor]) -> None:
+    """Puts state and manifest aside, and in their place when they are whole."""
+    folder = final.parent
+    folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".{step:07d}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
-        state = {k: v.detach().cpu().contiguous() for k, v in collect(players, extra).items()}
         write_state(aside / STATE, state)
         manifest = {
             "format": _FORMAT,
             "step": step,
-            "moves": {name: player.moves for name, player in players.items()},
+            "moves": dict(moves),
             "sha256": {STATE: sha256(aside / STATE)},
         }
         write_text(aside / MANIFEST, json.dumps({**manifest, "seal": seal(manifest)}, indent=1))
@@ -100,7 +127,6 @@ def save(folder: Path, step: int, players: Mapping[str, Player], extra: nn.Modul
         aside.rename(final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return final
 
 
 def write_state(path: Path, state: dict[str, Tensor]) -> None:
@@ -152,6 +178,8 @@ def load(path: Path, players: Mapping[str, Player], extra: nn.Module) -> int:
     restore(load_file(path / STATE), players, extra)
     for name, player in players.items():
         player.moves = manifest["moves"][name]
+        if player.moves and not player.optimizer.state:
+            raise Damaged(f"the checkpoint {path} holds no optimizer state of the player {name}")
     return manifest["step"]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.core.batch import Batch
 from fewstep.objectives.base import Objective, Share, Turn
+from fewstep.train import parallel, processes
 from fewstep.train.player import NonFinite, Player
 
 Logs = dict[str, float]
@@ -21,7 +22,8 @@ def train_step(objective: Objective, micro_batches: Sequence[Batch], step: int, 
     """One call of `objective.turns` on every micro-batch, in lockstep.
 
     Each micro-batch's loss is differentiated as soon as it is yielded, so that only one graph is alive; when all
-    have yielded a turn, its player moves. Raises NonFinite for a loss or gradient that is not finite.
+    have yielded a turn, its player moves. Over several processes a batch, its means and its moves are those of all.
+    Raises NonFinite for a loss or gradient that is not finite.
     """
     count = len(micro_batches)
     turns = [objective.turns(batch, step) for batch in micro_batches]
@@ -31,31 +33,46 @@ def train_step(objective: Objective, micro_batches: Sequence[Batch], step: int, 
     fresh: set[str] = set()
     while True:
         asked: list[Any] = []
-        for turn in turns:
+        for i, turn in enumerate(turns):
             try:
                 played = turn.send(answer)
             except StopIteration:
                 continue
             if isinstance(played, Turn):
-                backward(played, count, step, players[played.player], fresh)
+                player = players[played.player]
+                parallel.synchronise(player.modules, played.move and i == count - 1)
+                backward(played, count, step, player, fresh)
                 for name, value in {**played.logs, f"{played.player}/loss": played.loss}.items():
                     logs[name].append(value.detach().float())
             asked.append(played)
             del played
         if not asked:
             break
-        answer = torch.stack([share.value for share in asked]).mean(0) if isinstance(asked[0], Share) else None
+        answer = shared([share.value for share in asked]) if isinstance(asked[0], Share) else None
         if isinstance(asked[0], Turn) and asked[0].move:
             player = players[asked[0].player]
             result[f"{player.name}/grad_norm"] = player.move(step)
             fresh.discard(player.name)
-    return result | {name: torch.stack(values).mean().item() for name, values in logs.items()}
+    return result | averaged(logs)
+
+
+def shared(values: Sequence[Tensor]) -> Tensor:
+    """The mean of one value (*S) a micro-batch, over those of all processes."""
+    return processes.mean(torch.stack(list(values)).mean(0))
+
+
+def averaged(logs: Mapping[str, Sequence[Tensor]]) -> Logs:
+    """The mean of each log over the micro-batches of all processes."""
+    means = [torch.stack(list(values)).mean().item() for values in logs.values()]
+    everywhere = processes.mean(torch.tensor(means, dtype=torch.float64))
+    return dict(zip(logs, everywhere.tolist(), strict=True))
 
 
 def backward(turn: Turn, count: int, step: int, player: Player, fresh: set[str]) -> None:
     """Adds the gradient of one micro-batch to `player`, after clearing what earlier turns left on it."""
-    if not math.isfinite(turn.loss.item()):
-        raise NonFinite(f"the loss of player {turn.player} is {turn.loss.item()} at step {step}: nothing was moved")
+    loss = processes.mean(turn.loss.detach()).item()
+    if not math.isfinite(loss):
+        raise NonFinite(f"the loss of player {turn.player} is {loss} at step {step}: nothing was moved")
     if player.name not in fresh:
         player.clear()
         fresh.add(player.name)

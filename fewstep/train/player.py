@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.models.lora import LoraSpec
+from fewstep.train import parallel
 
 
 @dataclass
@@ -61,8 +62,10 @@ class Follower:
 
     @torch.no_grad()
     def follow(self, moves: int) -> None:
-        shadow, weights = list(self.module.parameters()), list(self.of.parameters())
-        torch._foreach_lerp_(shadow, [w.float() for w in weights], 1.0 - self.decay(moves))
+        parallel.reshard([self.module])
+        shadow = [parallel.local(p) for p in self.module.parameters()]
+        weights = [parallel.local(p).float() for p in self.of.parameters()]
+        torch._foreach_lerp_(shadow, weights, 1.0 - self.decay(moves))
         for mine, theirs in zip(self.module.buffers(), self.of.buffers(), strict=True):
             mine.copy_(theirs)
 
@@ -87,15 +90,21 @@ class Player:
         self.name, self.modules, self.config = name, list(modules), config
         self.moves = 0
         self.followers: dict[str, Follower] = {}
+        self.enlist()
+
+    def enlist(self) -> None:
+        """Takes the trainable parameters that the modules have now, with a fresh optimizer; again once sharded."""
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
         if not self.parameters:
-            raise UserError(f"the player {name} has no trainable parameter")
+            raise UserError(f"the player {self.name} has no trainable parameter")
+        # The fused step takes shards or whole tensors, but no mixture.
+        kinds = [[p for p in self.parameters if parallel.is_sharded(p) == sharded] for sharded in (True, False)]
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=tuple(config.betas),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
+            [{"params": kind} for kind in kinds if kind],
+            lr=self.config.lr,
+            betas=tuple(self.config.betas),
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
             fused=self.parameters[0].device.type != "meta",
         )
 
@@ -118,13 +127,15 @@ class Player:
     def move(self, step: int) -> float:
         """Clips, steps and lets the followers follow. Returns the gradient norm before clipping.
 
-        Raises NonFinite, leaving weights and optimizer untouched, when the norm is not finite.
+        Raises NonFinite in every process, leaving weights and optimizer untouched, when the norm is not finite.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True).item()
+        parallel.average_gradients(self.parameters)
+        norm = parallel.clip(self.parameters, self.config.clip)
         if not math.isfinite(norm):
             raise NonFinite(f"the gradient of player {self.name} is {norm} at step {step}: the move was refused")
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
+        parallel.reshard(self.modules)
         self.optimizer.step()
         self.moves += 1
         for follower in self.followers.values():

@@ -15,11 +15,15 @@ from typing import Any
 import torch
 
 from fewstep.core.errors import UserError
+from fewstep.train import processes
 from fewstep.train.checkpoint import write_text
 
 
 class RunDir:
-    """`root`/config.yaml, origin.json, log.jsonl, evals.jsonl, samples/, checkpoints/, export/, report.html."""
+    """`root`/config.yaml, origin.json, log.jsonl, evals.jsonl, samples/, checkpoints/, export/, report.html.
+
+    Of several processes the leader alone writes here.
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -27,6 +31,8 @@ class RunDir:
 
     def create(self) -> None:
         """Makes the folders. Raises UserError when the place cannot be written to."""
+        if not processes.leads():
+            return
         try:
             for folder in (self.samples, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +46,8 @@ class RunDir:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Adds one JSON line to `name`."""
+        if not processes.leads():
+            return
         with (self.root / name).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -57,11 +65,14 @@ class RunDir:
     def truncate(self, name: str, step: int) -> None:
         """Drops the lines of steps that a resumed run will play again."""
         kept = [row for row in self.rows(name) if row["step"] <= step]
-        if (self.root / name).exists():
+        if processes.leads() and (self.root / name).exists():
             write_text(self.root / name, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def write_origin(self, teacher: Mapping[str, Any]) -> None:
-        """Command, commit, versions, hardware and teacher: what a reader needs to repeat the run."""
+    def write_origin(self, config: str, teacher: Mapping[str, Any]) -> None:
+        """The resolved config; command, commit, versions, hardware and teacher: what a reader repeats the run from."""
+        if not processes.leads():
+            return
+        write_text(self.root / "config.yaml", config)
         packages = ("fewstep", "torch", "diffusers", "transformers", "safetensors", "omegaconf")
         origin = {
             "command": " ".join(sys.argv),
@@ -69,6 +80,7 @@ class RunDir:
             "python": platform.python_version(),
             "packages": {name: importlib.metadata.version(name) for name in packages},
             "hardware": _hardware(),
+            "processes": processes.size(),
             "teacher": dict(teacher),
         }
         write_text(self.root / "origin.json", json.dumps(origin, indent=1))

@@ -1,0 +1,179 @@
+"""Networks over several processes: torch's FSDP2 over a (replicate x shard) mesh, small modules replicated.
+
+Sharded are the plain diffusers networks inside the backbones, block by block; FSDP2's hooks run on `forward` alone.
+Everything else (heads, dials) is whole in every process: equal at the start, its gradients averaged once a move.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fewstep.models.passes import networks_of
+from fewstep.objectives.base import Objective
+from fewstep.train import processes
+
+if TYPE_CHECKING:
+    from fewstep.train.player import Player
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The classes of a network's repeated blocks, and the names of those that stay whole with the root."""
+
+    classes: tuple[str, ...]
+    whole: tuple[str, ...] = ()
+
+
+# Families for which diffusers names no blocks itself (`_no_split_modules`).
+BLOCKS = {
+    "UNet2DModel": Blocks(("ResnetBlock2D", "Attention")),
+    # Its forward reads the time embedding of the first block from outside that block.
+    "DiTTransformer2DModel": Blocks(("BasicTransformerBlock",), whole=("transformer_blocks.0",)),
+}
+
+
+def mesh(device: torch.device) -> Any:
+    """The mesh of all processes: sharded inside a machine, replicated over machines."""
+    inside = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size()))
+    shape = (processes.size() // inside, inside)
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a diffusers network, children before the blocks that hold them."""
+    rule = BLOCKS.get(type(net).__name__) or Blocks(tuple(getattr(net, "_no_split_modules", None) or ()))
+    named = reversed(list(net.named_modules()))
+    return [block for name, block in named if type(block).__name__ in rule.classes and name not in rule.whole]
+
+
+def shard(net: nn.Module, over: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Leaves of every parameter of `net` the shard of this process, a DTensor, put together for each forward.
+
+    Blocks compute in `dtype`; parameters, reduced gradients and outputs stay float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second that one process need not wait
+
+    low = dtype if dtype != torch.float32 else None
+    # Times are inputs too: 999 is 1000 in bfloat16. So inputs are cast below, all but the vectors.
+    inner = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
+    outer = MixedPrecisionPolicy(low, torch.float32, torch.float32, cast_forward_inputs=False)
+    for module, policy in [*((block, inner) for block in blocks_of(net)), (net, outer)]:
+        fully_shard(module, mesh=over, mp_policy=policy)
+        if low is not None:
+            module.register_forward_pre_hook(_cast_to(low), with_kwargs=True)
+
+
+def _cast_to(dtype: torch.dtype) -> Any:
+    def cast(value: Any) -> Any:
+        lower = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+        return value.to(dtype) if lower else value
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+
+    return hook
+
+
+def distribute(objective: Objective, players: Mapping[str, Player], device: torch.device) -> None:
+    """Shards the networks of all roles and followers and replicates the rest; the players' optimizers start anew."""
+    if processes.size() == 1:
+        return
+    followers = [follower.module for player in players.values() for follower in player.followers.values()]
+    modules = [*(net for net in vars(objective.triad).values() if net is not None), *followers, objective]
+    networks, over = networks_of(*modules), mesh(device)
+    broadcast([*networks, *modules])
+    for net in networks:
+        shard(net, over)
+    for player in players.values():
+        player.enlist()
+
+
+def broadcast(modules: Iterable[nn.Module]) -> None:
+    """Gives all processes the leader's parameters and buffers."""
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    for tensor in tensors.values():
+        dist.broadcast(tensor.detach(), 0)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of `tensor`: its shard, in the same memory, or all of it."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of `tensor`. Every process has to ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def like(whole: Tensor, reference: Tensor) -> Tensor:
+    """`whole`, or where `reference` is sharded this process's part of it, without asking the others."""
+    if not is_sharded(reference) or whole.shape != reference.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, reference.device_mesh, reference.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Lets go of what forwards left put together; the next one would not see what is done to the shards.
+
+    The roots stay put together until a backward: a loss on the features of a block reaches them unannounced.
+    """
+    for part in _sharded_parts(modules):
+        part.reshard()
+
+
+def synchronise(modules: Iterable[nn.Module], now: bool) -> None:
+    """Whether the coming backward adds up the gradients of sharded `modules` over processes, or keeps them here."""
+    for part in _sharded_parts(modules):
+        part.set_requires_gradient_sync(now, recurse=False)
+
+
+def _sharded_parts(modules: Iterable[nn.Module]) -> list[Any]:
+    """The networks of `modules`, those below voices among them, and their blocks."""
+    if processes.size() == 1:
+        return []
+    parts = (part for net in networks_of(*modules) for part in net.modules())
+    return [part for part in parts if hasattr(part, "set_requires_gradient_sync")]
+
+
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Averages the gradients of the replicated ones over processes; those of shards were averaged by backward."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_sharded(p)]
+    if processes.size() == 1 or not gradients:
+        return
+    together = processes.mean(torch.cat([g.flatten() for g in gradients]))
+    for gradient, averaged in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+
+
+def clip(parameters: Sequence[Tensor], limit: float) -> float:
+    """Scales the gradients down to a norm of `limit` over all processes. Returns the norm before, equal on all.
+
+    A shard counts in each of its replicas, a replicated parameter in every process: each by its part.
+    """
+    if processes.size() == 1:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True).item()
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    copies = [_copies(p) for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients)).double()
+    squares = norms.square() / norms.new_tensor(copies)
+    norm = (processes.mean(squares.sum()) * processes.size()).sqrt().item()
+    torch._foreach_mul_(gradients, min(1.0, limit / (norm + 1e-6)))
+    return norm
+
+
+def _copies(parameter: Tensor) -> int:
+    """How many processes hold the same part of `parameter`."""
+    return parameter.device_mesh.size(0) if is_sharded(parameter) else processes.size()  # type: ignore[attr-defined]

@@ -1,0 +1,126 @@
+"""The processes of one run, as torchrun or accelerate launch start them; alone, every function here does nothing.
+
+All of them play the same steps, each on its share of every batch, and only the leader (rank 0) writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+
+T = TypeVar("T")
+
+# The others wait while the leader makes a teacher's pairs; one that dies is noticed by the launcher, not by this.
+_PATIENCE = timedelta(hours=6)
+
+
+@contextmanager
+def started(device: torch.device) -> Iterator[None]:
+    """Joins the processes that the environment tells of (WORLD_SIZE, RANK, ..), by nccl on CUDA and gloo on CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and shows."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def share(ids: Tensor, unit: int) -> Tensor:
+    """This process's part of the samples `ids` (N,), in whole units of so many samples. Raises UserError."""
+    count = size()
+    if count == 1:
+        return ids
+    if len(ids) % (count * unit):
+        raise UserError(
+            f"a batch of {len(ids)} cannot be shared out to {count} processes in units of {unit} "
+            f"(micro_batches x the samples of a group): make batch a multiple of {count * unit}"
+        )
+    return ids.chunk(count)[dist.get_rank()]
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a detached `value` (*S) over all processes, equal to the bit on each of them."""
+    if size() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / size()
+
+
+def either(flag: bool) -> bool:
+    """Whether `flag` holds in any process."""
+    return mean(torch.tensor(float(flag))).item() > 0
+
+
+def from_leader(decide: Callable[[], T]) -> T:
+    """What `decide()` says in the leader; the others do not call it."""
+    answer: list[Any] = [decide() if leads() else None]
+    if size() > 1:
+        dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    either(False)
+
+
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """The others enter when the leader has left, and find what it has made."""
+    if not leads():
+        wait()
+    yield
+    if leads():
+        wait()
+
+
+def refuse_differences(config: str) -> None:
+    """Raises UserError, in all processes alike, where `config` or the source of the package is not the leader's."""
+    mine = {"config": _digest(config.encode()), "package source": _source()}
+    everyone: list[Mapping[str, str]] = [mine] * size()
+    if size() > 1:
+        dist.all_gather_object(everyone, mine)
+    for what, leaders in everyone[0].items():
+        others = [str(rank) for rank, theirs in enumerate(everyone) if theirs[what] != leaders]
+        if others:
+            raise UserError(
+                f"the processes of this run differ in their {what}: {', '.join(others)} from 0; start all of them "
+                "with the same config, overrides and version of fewstep"
+            )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _source() -> str:
+    """The SHA-256 of the package's Python files."""
+    package = Path(__file__).parents[1]
+    return _digest(b"".join(file.read_bytes() for file in sorted(package.rglob("*.py"))))
