@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fewstep import pairs
+from fewstep.conditions import Conditions, Labels, Prompts
 from fewstep.config import Config
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
@@ -23,6 +23,7 @@ from fewstep.core.schedule import NoiseSchedule
 from fewstep.data.source import Source, open_source
 from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided, Routed
+from fewstep.models.codec import Codec, open_codec
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
@@ -40,9 +41,17 @@ class Teacher:
     kind: Kind
     scheduler: Any
     null_label: int | None
+    shift: float
+    codec: Codec | None = None
+    unconditional: Condition | None = None
 
     def backbone(self, net: nn.Module | None = None) -> DiffusersBackbone:
-        return DiffusersBackbone(net or self.net, self.schedule, self.kind, self.null_label)
+        return DiffusersBackbone(net or self.net, self.schedule, self.kind, self.null_label, self.unconditional)
+
+    @property
+    def guides(self) -> bool:
+        """Whether it knows what to be without a condition."""
+        return self.null_label is not None or self.unconditional is not None
 
 
 @dataclass
@@ -59,8 +68,19 @@ class Run:
     players: dict[str, Player]
     scheduler: Any
     """the diffusers scheduler to export with the student, None where stock diffusers has none"""
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
+    conditions: Conditions
     pairs: pairs.Pairs | None = None
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] as what the networks work on."""
+        codec = self.teacher.codec
+        return images.to(self.device) if codec is None else codec.encode(images.to(self.device))
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        """What the networks make as images (B, 3, H, W), clamped to [-1, 1]."""
+        codec = self.teacher.codec
+        return (samples if codec is None else codec.decode(samples)).clamp(-1, 1)
 
     def evaluated(self) -> Backbone:
         """The generator to look at: its average where the run keeps one."""
@@ -91,7 +111,7 @@ def _scheduler(config: Config, loaded: Any | None) -> Any:
     if process.name == "flow":
         if kind != "flow_prediction":
             raise UserError(f"a flow process goes with model.prediction=flow_prediction, but '{kind}' was given")
-        return schedulers.flow_scheduler(config.model.shift)
+        return schedulers.flow_scheduler(config.model.shift or 1.0)
     betas = {k: getattr(process, k) for k in ("beta_schedule", "beta_start", "beta_end")}
     return schedulers.vp_scheduler(kind, {**betas, "rescale_betas_zero_snr": process.zero_terminal_snr})
 
@@ -122,16 +142,39 @@ def build_teacher(config: Config, labels: int, weights: bool = True) -> Teacher:
     schedule, kind = schedulers.read(scheduler)
     backbone = DiffusersBackbone(loaded.net, schedule, kind)
     null_label = _null_label(config, backbone, labels)
-    if config.model.guidance != 1 and null_label is None:
+    codec = _codec(config, backbone)
+    unconditional = codec.unconditional(model.negative_prompt) if codec is not None else None
+    shift = model.shift or schedulers.time_shift(scheduler)
+    net = loaded.net.float().eval()
+    teacher = Teacher(net, schedule, kind, scheduler, null_label, shift, codec, unconditional)
+    if model.guidance != 1 and not teacher.guides:
         raise UserError("this teacher has no null class, so it cannot be guided: set model.guidance=1")
-    return Teacher(loaded.net.float().eval(), schedule, kind, scheduler, null_label)
+    return teacher
 
 
-def _shape(net: nn.Module, resolution: int) -> tuple[int, int, int]:
-    size, channels = net.config.sample_size, net.config.in_channels
+def _codec(config: Config, backbone: DiffusersBackbone) -> Codec | None:
+    """The text encoders and the VAE of a network that reads prompts. Raises UserError where they are not at hand."""
+    if not backbone.family.prompts:
+        return None
+    if config.model.teacher is None:
+        raise UserError("a network that reads prompts comes with its pipeline: set model.teacher to that folder")
+    return open_codec(str(config.model.teacher), config.model.revision)
+
+
+def _shape(teacher: Teacher, config: Config) -> tuple[int, ...]:
+    """The shape of one sample: of pixels, or of latents."""
+    resolution = config.data.resolution
+    if teacher.codec is not None:
+        return teacher.codec.latent_shape(resolution, resolution, config.data.frames)
+    size, channels = teacher.net.config.sample_size, teacher.net.config.in_channels
     if size not in (None, resolution):
         raise UserError(f"the network makes {size}x{size} images, but data.resolution is {resolution}")
     return channels, resolution, resolution
+
+
+def conditions_of(teacher: Teacher, source: Source, resolution: int) -> Conditions:
+    """What the networks are told of the samples of `source`."""
+    return Labels(source) if teacher.codec is None else Prompts(teacher.codec, source, (resolution, resolution))
 
 
 def _check_experts(config: Config, rollout: Rollout) -> None:
@@ -183,14 +226,18 @@ def build(config: Config, previous: Path | None = None) -> Run:
     device = pick_device(config.device)
     source = open_source(config.data.source, config.data.resolution, config.data.seed)
     torch.manual_seed(config.seed)
-    return assemble(config, device, source, build_teacher(config, len(source.labels)), previous)
+    teacher = build_teacher(config, len(source.labels))
+    if teacher.codec is not None:
+        teacher.codec.to(device)
+    return assemble(config, device, source, teacher, previous)
 
 
 def assemble(config: Config, device: torch.device, source: Source, teacher: Teacher, previous: Path | None) -> Run:
     """The run around a teacher that has been loaded, or only shaped on the meta device."""
-    shape = _shape(teacher.net, config.data.resolution)
+    shape = _shape(teacher, config)
+    conditions = conditions_of(teacher, source, config.data.resolution)
     scheduler = exportable(config, teacher)
-    steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, config.model.shift)
+    steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, teacher.shift)
     rollout = Rollout(steps, transition(config.model.transition, config.model.eta))
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
     triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device)
@@ -202,10 +249,10 @@ def assemble(config: Config, device: torch.device, source: Source, teacher: Teac
             f"objective {config.objective.name} needs {objective.group} samples a group: "  # type: ignore[attr-defined]
             f"make batch / micro_batches a multiple of it, not {config.batch // config.micro_batches}"
         )
-    objective.attach(torch.zeros(2, *shape, device=device), condition(source, torch.arange(2)).to(device))
+    objective.attach(torch.zeros(2, *shape, device=device), conditions.of(torch.arange(2)).to(device))
     objective.to(device)
     players = build_players(config, triad, objective)
-    return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape)
+    return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
 
 
 def build_triad(
@@ -231,7 +278,9 @@ def exportable(config: Config, teacher: Teacher) -> Any | None:
     """The student's scheduler, or None where stock diffusers has no route (said again by `export`)."""
     model = config.model
     try:
-        return schedulers.student_scheduler(teacher.scheduler, teacher.kind, model.transition, model.steps, model.shift)
+        return schedulers.student_scheduler(
+            teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift
+        )
     except UserError:
         return None
 
@@ -320,20 +369,13 @@ def batches(run: Run) -> Callable[[int], list[Batch]]:
         heads = ids - ids % run.objective.group
         return Batch(
             noise=draw.normal("noise", run.shape),
-            cond=condition(run.source, heads),
+            cond=run.conditions.of(heads),
             draw=draw,
-            x0=run.source.images(heads.cpu()).to(run.device) if "x0" in reads else None,
+            x0=run.encode(run.source.images(heads.cpu())) if "x0" in reads else None,
             pair=run.pairs.of(draw).to(run.device) if run.pairs is not None else None,
         )
 
     return at
-
-
-def condition(source: Source, ids: torch.Tensor) -> Condition:
-    """The labels of the samples `ids`, as a network input; empty for data without labels."""
-    if not source.labels:
-        return Condition()
-    return Condition({"class_labels": source.label_of(ids.cpu()).to(ids.device)})
 
 
 def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
@@ -354,12 +396,13 @@ def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
 def make_pairs(run: Run) -> pairs.Pairs:
     """The guided teacher's deterministic samples from the noises of `config.pairs`."""
     config = run.config.pairs
-    scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", config.steps)
+    teacher = run.teacher
+    scheduler = schedulers.student_scheduler(teacher.scheduler, teacher.kind, "ode", config.steps, teacher.shift)
     walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
     guided = Guided(run.teacher.backbone(), run.config.model.guidance).to(run.device).eval()
     with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True) as bar:
-        labels = partial(condition, run.source)
-        return pairs.make_pairs(guided, walk, labels, run.shape, config.count, config.seed, progress=bar.update)
+        told = run.conditions.of
+        return pairs.make_pairs(guided, walk, told, run.shape, config.count, config.seed, progress=bar.update)
 
 
 def describe(config: Config) -> list[str]:

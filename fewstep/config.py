@@ -52,6 +52,8 @@ class ModelConfig:
     """epsilon | sample | v_prediction | flow_prediction; needed without a scheduler"""
     null_label: int | None = None
     """label that means "no class"; default: the last embedding when there is one more than labels"""
+    negative_prompt: str = ""
+    """what guidance leads away from, for networks that read prompts"""
     guidance: float = 1.0
     """teacher guidance w in u + w (c - u); 1 = none"""
     steps: int = 1
@@ -60,15 +62,15 @@ class ModelConfig:
     """between the student's steps: renoise (SDE) | ode | cps | gamma"""
     eta: float = 0.5
     """share of fresh noise of cps and gamma"""
-    shift: float = 1.0
-    """moves the student's times towards noise (> 1), flow models only"""
+    shift: float | None = None
+    """moves the student's times towards noise (> 1), flow models only; default: what the teacher's scheduler does"""
     experts: int = 1
     """networks of the generator, one for each phase of phased_dmd; 1 = one shared network"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
             raise UserError(f"model.steps is a number of network passes from 1 to 1000, but {self.steps} was given")
-        if self.shift <= 0:
+        if self.shift is not None and self.shift <= 0:
             raise UserError(f"model.shift is a factor above 0, but {self.shift} was given")
         if not 0 <= self.eta <= 1:
             raise UserError(f"model.eta is a share from 0 to 1, but {self.eta} was given")
@@ -77,9 +79,12 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     source: str = "scenes"
-    """scenes, or a folder of images whose sub-folders are the labels"""
+    """scenes | captioned | a .txt file with a prompt a line | a folder of images: sub-folders are labels, text files
+    beside the images captions"""
     resolution: int = 16
     """height and width in pixels"""
+    frames: int | None = None
+    """of a video model: a multiple of its time compression, and one"""
     seed: int = 1
     """seed of the scenes"""
 

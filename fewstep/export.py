@@ -89,7 +89,7 @@ def _scheduler(run: Run) -> Any:
     if run.scheduler is not None:
         return run.scheduler
     model, teacher = run.config.model, run.teacher
-    return schedulers.student_scheduler(teacher.scheduler, teacher.kind, model.transition, model.steps, model.shift)
+    return schedulers.student_scheduler(teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift)
 
 
 def _stock(net: nn.Module, resolution: int, dtype: torch.dtype) -> nn.Module:

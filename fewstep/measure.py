@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -17,9 +18,11 @@ from tqdm import tqdm
 from fewstep.build import Run
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
+from fewstep.data.captioned import rows_of
 from fewstep.data.scenes import ATTRIBUTES, LABELS, law
-from fewstep.data.source import SceneSource, Source
+from fewstep.data.source import HELD_OUT, CaptionedSource, SceneSource, Source
 from fewstep.evals.attributes import label_accuracy, law_distance, rare_kept
+from fewstep.evals.captions import caption_accuracy
 from fewstep.evals.diversity import same_label_diversity
 from fewstep.evals.frechet import Statistics, frechet_distance
 from fewstep.evals.grid import save_grid
@@ -27,14 +30,13 @@ from fewstep.evals.neighbours import neighbours
 from fewstep.evals.reader import Reader, load_reader
 from fewstep.models import schedulers
 from fewstep.models.backbone import Backbone, Guided
-from fewstep.models.loading import locate
+from fewstep.models.loading import DENOISERS, locate
 from fewstep.rollout import Rollout, transition
 from fewstep.train import processes
 from fewstep.train.checkpoint import sha256
 
 GRID_SEED = 20_000
 SAMPLE_SEED = 30_000
-TRUTH_SEED = 40_000
 TRUTH_SAMPLES = 10_000
 TEACHER_STEPS = 50
 COLUMNS = (
@@ -44,6 +46,9 @@ COLUMNS = (
     "density",
     "coverage",
     "label_accuracy",
+    "caption_accuracy",
+    "one_object",
+    "two_objects",
     "law_distance",
     "rare_kept",
     "diversity",
@@ -58,24 +63,28 @@ def labels_of(run: Run, count: int) -> Tensor:
     return torch.arange(count) % max(1, len(run.source.labels))
 
 
+Asked = Callable[[Tensor], Condition]
+"""Rows (B,) of what is made -> what the network is told of them."""
+
+
 @torch.no_grad()
 def generate(
     net: Backbone,
     rollout: Rollout,
-    labels: Tensor | None,
+    asked: Asked,
     count: int,
     shape: tuple[int, ...],
     seed: int,
     batch: int = 250,
     progress: bool = False,
+    decode: Callable[[Tensor], Tensor] = lambda x: x.clamp(-1, 1),
 ) -> Tensor:
-    """Images (N, *S), clamped to [-1, 1]; image i depends on (seed, i) and its label alone."""
+    """Images (N, C, H, W) in [-1, 1]; image i depends on (seed, i) and on what is asked of it alone."""
     device = next(net.parameters()).device
     images = []
     for rows in tqdm(torch.arange(count).split(batch), desc="images", unit="batch", disable=not progress, leave=False):
         draw = Draw(seed, 0, rows.to(device))
-        cond = Condition() if labels is None else Condition({"class_labels": labels[rows].to(device)})
-        images.append(rollout(net, draw.normal("noise", shape), cond, draw).x0.clamp(-1, 1).cpu())
+        images.append(decode(rollout(net, draw.normal("noise", shape), asked(draw.ids), draw).x0).cpu())
     return torch.cat(images)
 
 
@@ -89,21 +98,23 @@ def student(run: Run) -> tuple[Backbone, Rollout]:
 
 def teacher(run: Run, steps: int) -> tuple[Backbone, Rollout]:
     """The guided teacher and a deterministic rollout of `steps` passes."""
-    scheduler = schedulers.student_scheduler(
-        run.teacher.scheduler, run.teacher.kind, "ode", steps, run.config.model.shift
-    )
+    scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", steps, run.teacher.shift)
     guided = Guided(run.teacher.backbone(), run.config.model.guidance).to(run.device).eval()
     return guided, Rollout(schedulers.steps_of(scheduler, steps), transition("ode"))
 
 
-def _conditions(run: Run, count: int) -> Tensor | None:
-    return labels_of(run, count) if run.source.labels else None
+def made(
+    run: Run, net: Backbone, rollout: Rollout, count: int, seed: int, progress: bool = False, batch: int = 250
+) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] of what is asked for in this run."""
+    asked = run.conditions.asked
+    return generate(net, rollout, asked, count, run.shape, seed, batch, progress, run.decode)
 
 
 def save_student_grid(run: Run, path: Path, count: int = 48) -> None:
     """A grid at fixed noise and labels, the same throughout the run; made by all processes, written by the leader."""
     net, rollout = student(run)
-    images = generate(net, rollout, _conditions(run, count), count, run.shape, GRID_SEED)
+    images = made(run, net, rollout, count, GRID_SEED)
     if processes.leads():
         save_grid(images, path, columns=12)
 
@@ -111,9 +122,8 @@ def save_student_grid(run: Run, path: Path, count: int = 48) -> None:
 def save_comparison(run: Run, path: Path, columns: int = 12) -> None:
     """Two rows from the same noise and labels for each block: the teacher at 50 steps, the student below."""
     count = 3 * columns
-    labels = _conditions(run, count)
-    above = generate(*teacher(run, TEACHER_STEPS), labels, count, run.shape, GRID_SEED)
-    below = generate(*student(run), labels, count, run.shape, GRID_SEED)
+    above = made(run, *teacher(run, TEACHER_STEPS), count, GRID_SEED)
+    below = made(run, *student(run), count, GRID_SEED)
     rows = [part for pair in zip(above.split(columns), below.split(columns), strict=True) for part in pair]
     passes = len(run.rollout)
     names = [f"teacher, {TEACHER_STEPS} steps", f"student, {passes} step{'s' if passes > 1 else ''}"] * 3
@@ -130,23 +140,30 @@ class Truth:
     protocol: str
 
 
+def reader_folder(source: Source) -> Path:
+    """Where the reader lies that knows the images of `source`, or the one of the scenes for images of any kind."""
+    return locate("assets/caption_reader" if isinstance(source, CaptionedSource) else "assets/reader")
+
+
 @cache
-def reader() -> Reader:
-    return load_reader(locate("assets/reader"))
+def _reader(folder: Path) -> Reader:
+    return load_reader(folder)
+
+
+def reader_of(source: Source) -> Reader:
+    return _reader(reader_folder(source))
 
 
 def read_truth(source: Source, count: int) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N,) of `count` real images the training never sees."""
-    if isinstance(source, SceneSource):
-        source = SceneSource(source.resolution, TRUTH_SEED)
-    ids = torch.arange(count)
-    features = [reader().read(source.images(rows))[1] for rows in ids.split(500)]
-    return torch.cat(features), source.label_of(ids)
+    """Features (N, D) and labels (N,) of `count` real images, which the training never sees where it is endless."""
+    reader, unseen, ids = reader_of(source), source.held_out(), torch.arange(count)
+    features = [reader.read(unseen.images(rows))[1] for rows in ids.split(500)]
+    return torch.cat(features), unseen.label_of(ids)
 
 
 def truth_of(source: Source) -> Truth:
     """The stored truth of the scenes where it fits the reader, else computed now."""
-    weights = sha256(locate("assets/reader") / "reader.safetensors")
+    weights = sha256(reader_folder(source) / "reader.safetensors")
     if isinstance(source, SceneSource):
         stored = locate(f"assets/truth/scenes{source.resolution}.safetensors")
         record = stored.with_suffix(".json")
@@ -161,7 +178,7 @@ def truth_of(source: Source) -> Truth:
 
 def row(name: str, images: Tensor, labels: Tensor, truth: Truth, source: Source) -> dict[str, Any]:
     """Every measure of `images` (N, 3, H, W) made for `labels` (N,). Neighbours compare N with N true images."""
-    read, features = reader().read(images)
+    read, features = reader_of(source).read(images)
     count = len(images)
     near = neighbours(truth.features[:count], features)
     result: dict[str, Any] = {
@@ -186,11 +203,20 @@ def measure(name: str, run: Run, net: Backbone, rollout: Rollout, truth: Truth, 
     """Generates `count` images at the fixed seed and measures them; passes count both halves of guidance."""
     labels = labels_of(run, count)
     began = time.perf_counter()
-    images = generate(net, rollout, _conditions(run, count), count, run.shape, SAMPLE_SEED, progress=True)
+    images = made(run, net, rollout, count, SAMPLE_SEED, progress=True)
     seconds = time.perf_counter() - began
     guided = isinstance(net, Guided) and net.scale != 1
     measured = row(name, images, labels, truth, run.source)
+    if isinstance(run.source, CaptionedSource):
+        measured |= _captions(run, images)
     return measured | {"passes": len(rollout) * (2 if guided else 1), "images_per_second": round(count / seconds, 2)}
+
+
+def _captions(run: Run, images: Tensor) -> dict[str, float]:
+    """Shares of images that show all that their captions say."""
+    said = rows_of(run.conditions.names(torch.arange(len(images))))
+    right = caption_accuracy(reader_of(run.source), images, said)
+    return {"caption_accuracy": right.all, "one_object": right.one, "two_objects": right.two}
 
 
 def stored_row(run: Run, count: int) -> dict[str, Any] | None:
@@ -207,14 +233,15 @@ def stored_row(run: Run, count: int) -> dict[str, Any] | None:
 
 def weights_sha256(folder: Path) -> str:
     """The hash of the denoiser's weights in a pipeline folder."""
-    return sha256(next(folder.glob("*/diffusion_pytorch_model*.safetensors")))
+    return sha256(next(f for part in DENOISERS for f in (folder / part).glob("diffusion_pytorch_model*.safetensors")))
 
 
 def protocol(run: Run, truth: Truth, count: int) -> str:
+    asked = "unseen captions" if run.teacher.codec is not None else "labels in turn"
     return (
-        f"{count} images at seed {SAMPLE_SEED}, labels in turn, against {truth.protocol} (seed {TRUTH_SEED}); "
-        f"features of assets/reader; precision to coverage with k = 5 on {min(count, len(truth.features))} each; "
-        f"teacher guidance {run.config.model.guidance:g}, deterministic sampler"
+        f"{count} images at seed {SAMPLE_SEED}, {asked}, against {truth.protocol} (seed {HELD_OUT}); "
+        f"features of assets/{reader_folder(run.source).name}; precision to coverage with k = 5 on "
+        f"{min(count, len(truth.features))} each; teacher guidance {run.config.model.guidance:g}, deterministic sampler"
     )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fewstep import build, measure
+from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.export import CARD, load_run, read_card
 from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided
+from fewstep.models.codec import CODECS, Codec, open_codec
 from fewstep.models.diffusers import DiffusersBackbone
-from fewstep.rollout import Rollout, transition
+from fewstep.rollout import Rollout, TransitionName, transition
 from fewstep.sampling_arguments import add_arguments
 
 __all__ = ["Sampler", "add_arguments", "labelled_grid", "main", "open_folder"]
@@ -33,26 +35,48 @@ _TILE = 64
 _GAP = 4
 
 
+Asked = int | str
+"""A label, or a prompt."""
+
+
+def _clamped(x: Tensor) -> Tensor:
+    return x.clamp(-1, 1)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A generator with its rollout. `names` of the labels 0, 1, ..; `classes` counts them where there are no names.
 
-    Neither names nor classes: the generator takes no label. `shape` is that of one image, (C, H, W).
+    A generator that reads prompts has `encode` instead; without any of them it is told nothing. `shape` is that of one
+    sample, which `decode` makes an image.
     """
 
     net: Backbone
     rollout: Rollout
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     names: tuple[str, ...]
     classes: int
+    decode: Callable[[Tensor], Tensor] = _clamped
+    encode: Callable[[list[str]], Condition] | None = None
 
-    def name(self, label: int) -> str:
-        return self.names[label] if label < len(self.names) else f"class {label}"
+    def name(self, asked: Asked) -> str:
+        if isinstance(asked, str):
+            return asked
+        return self.names[asked] if asked < len(self.names) else f"class {asked}"
 
-    def draw(self, labels: Sequence[int], count: int, seed: int) -> Tensor:
-        """Images (N, C, H, W) in [-1, 1]; `labels` take turns."""
-        wanted = torch.tensor(labels)[torch.arange(count) % len(labels)] if labels else None
-        return measure.generate(self.net, self.rollout, wanted, count, self.shape, seed, progress=True)
+    def draw(self, asked: Sequence[Asked], count: int, seed: int) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1]; the labels or prompts `asked` take turns. Raises UserError."""
+        told = self._told(asked)
+
+        def at(rows: Tensor) -> Condition:
+            return told.to(rows.device)[rows % len(asked)] if asked else told
+
+        return measure.generate(self.net, self.rollout, at, count, self.shape, seed, progress=True, decode=self.decode)
+
+    def _told(self, asked: Sequence[Asked]) -> Condition:
+        if self.encode is not None:
+            return self.encode([str(prompt) for prompt in asked])
+        return Condition({"class_labels": torch.tensor(asked)}) if asked else Condition()
 
 
 def open_folder(
@@ -74,43 +98,56 @@ def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint:
     run = load_run(folder, checkpoint)
     net, rollout = measure.student(run)
     if guidance is not None:
-        net = _guided(run.evaluated(), run.teacher.null_label, guidance)
+        net = _guided(run.evaluated(), run.teacher.guides, guidance)
     if steps is not None and steps != len(rollout):
         _allowed(steps, run.teacher.scheduler)
         model = dataclasses.replace(run.config.model, steps=steps)
         scheduler = build.exportable(dataclasses.replace(run.config, model=model), run.teacher)
-        walk = schedulers.student_steps(run.teacher.schedule, scheduler, steps, model.shift)
+        walk = schedulers.student_steps(run.teacher.schedule, scheduler, steps, run.teacher.shift)
         rollout = Rollout(walk, rollout.step, rollout.two_times)
-    return Sampler(net, rollout, run.shape, run.source.labels, len(run.source.labels))
+    codec = run.teacher.codec
+    if codec is None:
+        return Sampler(net, rollout, run.shape, run.source.labels, len(run.source.labels))
+    return Sampler(net, rollout, run.shape, (), 0, run.decode, _encoder(codec, run.config.data.resolution))
+
+
+def _encoder(codec: Codec, side: int) -> Callable[[list[str]], Condition]:
+    return lambda prompts: codec.encode_prompts(prompts, size=(side, side))
 
 
 def _of_pipeline(folder: Path, steps: int | None, guidance: float) -> Sampler:
-    loaded, header = loading.load(str(folder)), read_card(folder / CARD)
+    found, header = loading.find(str(folder)), read_card(folder / CARD)
+    loaded = loading.denoiser(found)
     assert loaded.scheduler is not None
     schedule, kind = schedulers.read(loaded.scheduler)
     scheduler, known = loaded.scheduler, loaded.scheduler.config
     if steps is None:
         steps = int(known.get("original_inference_steps") or header.get("num_inference_steps") or MANY_STEPS)
     _allowed(steps, scheduler)
-    step = "renoise" if type(scheduler).__name__ == "LCMScheduler" else "ode"
-    shift = known.get("flow_shift") or known.get("shift") or 1.0
+    step: TransitionName = "renoise" if type(scheduler).__name__ == "LCMScheduler" else "ode"
+    shift = schedulers.time_shift(scheduler)
     walk = schedulers.steps_of(schedulers.student_scheduler(scheduler, kind, step, steps, shift), steps)
     names = tuple(str(name) for name in (header.get("id2label") or {}).values())
-    net = DiffusersBackbone(loaded.net.eval(), schedule, kind, header.get("null_label"))
+    device = build.pick_device("auto")
+    codec = open_codec(str(folder)).to(device) if found.index.get("_class_name") in CODECS else None
+    unconditional = codec.unconditional() if codec is not None else None
+    net = DiffusersBackbone(loaded.net.eval(), schedule, kind, header.get("null_label"), unconditional)
     classes = net.family.classes(loaded.net) or 0
     side = loaded.net.config.sample_size
     if not isinstance(side, int):
         raise UserError(f"the network of {folder} does not say its image size: set sample_size in its config.json")
-    device = build.pick_device("auto")
-    generator = _guided(net, net.null_label, guidance).to(device)
-    shape = (loaded.net.config.in_channels, side, side)
-    return Sampler(generator, Rollout(walk, transition(step)), shape, names, len(names) or classes)  # type: ignore[arg-type]
+    generator = _guided(net, net.null_label is not None or unconditional is not None, guidance).to(device)
+    rollout, shape = Rollout(walk, transition(step)), (loaded.net.config.in_channels, side, side)
+    if codec is None:
+        return Sampler(generator, rollout, shape, names, len(names) or classes)
+    pixels = side * codec.pipeline.vae_scale_factor
+    return Sampler(generator, rollout, shape, (), 0, lambda x: codec.decode(x).clamp(-1, 1), _encoder(codec, pixels))
 
 
-def _guided(net: Backbone, null_label: int | None, guidance: float) -> Backbone:
+def _guided(net: Backbone, guides: bool, guidance: float) -> Backbone:
     if guidance == 1:
         return net
-    if null_label is None:
+    if not guides:
         raise UserError(f'--guidance {guidance:g} needs a class that means "no class", and this model names none')
     return Guided(net, guidance)
 
@@ -121,8 +158,26 @@ def _allowed(steps: int, scheduler: object) -> None:
         raise UserError(f"--steps is from 1 to the {most} of this model's schedule, but {steps} was given")
 
 
+def chosen(args: argparse.Namespace, sampler: Sampler) -> list[Asked]:
+    """The labels or prompts that were asked for, in that order. Raises UserError for what this generator cannot."""
+    return list(chosen_labels(args, sampler)) if sampler.encode is None else list(chosen_prompts(args))
+
+
+def chosen_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts that were asked for. Raises UserError for labels, or without any prompt."""
+    if args.labels or args.label_ids:
+        raise UserError("this generator reads prompts: give --prompt or --prompts-file instead of labels")
+    prompts = args.prompt or (_lines(Path(args.prompts_file)) if args.prompts_file else [])
+    if not prompts:
+        raise UserError('this generator reads prompts: give --prompt "..." or --prompts-file')
+    return prompts
+
+
 def chosen_labels(args: argparse.Namespace, sampler: Sampler) -> list[int]:
     """The labels that were asked for, in that order; without any, all of them. Raises UserError for an unknown one."""
+    if args.prompt:
+        instead = "use --labels" if sampler.classes else "leave --prompt out"
+        raise UserError(f"this generator reads no prompts: {instead}")
     asked = args.labels or args.label_ids or args.prompts_file
     if asked and not sampler.classes:
         raise UserError("this generator takes no labels: leave --labels, --label-ids and --prompts-file out")
@@ -163,14 +218,8 @@ def _label(given: str, sampler: Sampler, where: str) -> int:
 
 def _read_labels(path: Path, sampler: Sampler) -> list[int]:
     """One label a line, by name or, where the model has no names, by number; empty lines are skipped."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UserError(f"the prompts file {path} cannot be read: {reason}") from None
     labels = []
-    for number, line in enumerate(lines, 1):
-        text = line.strip()
+    for number, text in enumerate(_read_text(path), 1):
         if not text:
             continue
         if text.isdecimal() and int(text) < sampler.classes and not sampler.names:
@@ -180,6 +229,21 @@ def _read_labels(path: Path, sampler: Sampler) -> list[int]:
     if not labels:
         raise UserError(f"the prompts file {path} names no label: write one a line")
     return labels
+
+
+def _lines(path: Path) -> list[str]:
+    """The prompts of a file, one a line; empty lines are skipped."""
+    if prompts := [text for text in _read_text(path) if text]:
+        return prompts
+    raise UserError(f"the prompts file {path} has no prompt: write one a line")
+
+
+def _read_text(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"the prompts file {path} cannot be read: {reason}") from None
 
 
 def labelled_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
@@ -259,13 +323,13 @@ def main(args: argparse.Namespace) -> None:
     out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
     _writable(out)
     sampler = open_folder(Path(args.run), args.steps, args.guidance, args.checkpoint)
-    labels = chosen_labels(args, sampler)
-    count = args.count or (len(labels) * (1 if args.prompts_file else 4) or 16)
+    asked = chosen(args, sampler)
+    count = args.count or (len(asked) * (1 if args.prompts_file else 4) or 16)
     began = time.perf_counter()
-    images = sampler.draw(labels, count, args.seed)
+    images = sampler.draw(asked, count, args.seed)
     seconds = time.perf_counter() - began
-    captions = [sampler.name(labels[i % len(labels)]) if labels else "" for i in range(count)]
-    columns = min(len(labels) or 4, count, _COLUMNS)
+    captions = [sampler.name(asked[i % len(asked)]) if asked else "" for i in range(count)]
+    columns = min(len(asked) or 4, count, _COLUMNS)
     try:
         labelled_grid(images, captions, columns).save(out)
         folder = _save_individually(images, captions, out) if args.individual else None

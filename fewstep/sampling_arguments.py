@@ -7,11 +7,12 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `fewstep.sampling.main` reads."""
-    parser.add_argument("run", help="a run folder, or a class-conditional diffusers pipeline folder")
+    parser.add_argument("run", help="a run folder, or a diffusers pipeline folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--labels", help='names with commas between: "red disc,blue ring"; default: every label')
     which.add_argument("--label-ids", help="numbers instead of names: 0,5")
-    which.add_argument("--prompts-file", help="a text file with one label a line")
+    which.add_argument("--prompt", action="append", help="for generators that read prompts; may be given several times")
+    which.add_argument("--prompts-file", help="a text file with one label or prompt a line")
     parser.add_argument("--count", type=int, help="images; labels take turns. Default: four of each, a line one image")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
     parser.add_argument("--steps", type=int, help="network passes; default: what it was trained or saved for")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import torch
 
 from fewstep import build, cli, config, export, measure
 from fewstep.models.voices import Voice
@@ -75,10 +74,7 @@ def test_the_export_is_fused_and_draws_what_the_voice_draws(tiny_teacher: Path, 
     unet = diffusers.UNet2DModel.from_pretrained(folder / "export" / "unet")
     assert unet.state_dict().keys() == diffusers.UNet2DModel.from_pretrained(tiny_teacher / "unet").state_dict().keys()
     plain = run.teacher.backbone(unet)
-    drawn = [
-        measure.generate(one, rollout, torch.arange(6), 6, run.shape, seed=1)
-        for one in (net, plain, run.teacher.backbone())
-    ]
+    drawn = [measure.made(run, one, rollout, 6, seed=1) for one in (net, plain, run.teacher.backbone())]
     assert (drawn[0] - drawn[1]).abs().max() < 1e-5
     assert (drawn[0] - drawn[2]).abs().max() > 1e-3
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fewstep import build, config, measure, sampling
+from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.data.scenes import LABELS
 from fewstep.export import export
@@ -72,8 +73,8 @@ def labels_drawn(monkeypatch: pytest.MonkeyPatch, where: Path, out: Path, *optio
     """The labels that reach the generator."""
     seen: list[torch.Tensor | None] = []
 
-    def generate(net, rollout, labels, count, shape, seed, **more):
-        seen.append(labels)
+    def generate(net, rollout, asked, count, shape, seed, **more):
+        seen.append(asked(torch.arange(count)).inputs.get("class_labels"))
         return torch.zeros(count, *shape)
 
     monkeypatch.setattr(measure, "generate", generate)
@@ -102,7 +103,9 @@ def test_the_picture_is_the_rollout(run: Path, tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert re.search(r"4 images, 2 steps: [\d.]+ images/s", said) and str(tmp_path / "deep" / "x.png") in said
     sampler = sampling.open_folder(run)
-    images = measure.generate(sampler.net, sampler.rollout, torch.tensor([3, 7, 3, 7]), 4, (3, 16, 16), 5)
+    labels = torch.tensor([3, 7, 3, 7])
+    asked = lambda rows: Condition({"class_labels": labels[rows]})
+    images = measure.generate(sampler.net, sampler.rollout, asked, 4, (3, 16, 16), 5)
     assert torch.equal(images, sampler.draw([3, 7], 4, 5))
     files = sorted((tmp_path / "deep" / "x").iterdir())
     assert [file.name for file in files] == [f"{i:05d}_{LABELS[(3, 7)[i % 2]].replace(' ', '-')}.png" for i in range(4)]

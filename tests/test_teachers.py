@@ -35,8 +35,8 @@ def test_fifty_steps_draw_what_the_stored_row_says(folder: Path) -> None:
     stored = json.loads((folder / "evals.json").read_text())["rows"]["2000"]
     run = build.build(config.load("configs/scenes/dmd2.yaml", [f"model.teacher={folder}"])[0])
     labels = torch.arange(96) % 12
-    images = measure.generate(*measure.teacher(run, 50), labels, 96, run.shape, seed=5)
-    read, _ = measure.reader().read(images)
+    images = measure.made(run, *measure.teacher(run, 50), 96, seed=5)
+    read, _ = measure.reader_of(run.source).read(images)
     expected = stored["label_accuracy"]
     assert abs(label_accuracy(read, labels, ATTRIBUTES) - expected) < 6 * (expected * (1 - expected) / 96) ** 0.5 + 0.02
     assert images.min() >= -1 and images.max() <= 1
@@ -46,7 +46,8 @@ def test_truth_is_the_stored_truth() -> None:
     """2,000 fresh scenes lie at the floor that was stored with the statistics."""
     truth = measure.truth_of(SceneSource(16, 0))
     source = SceneSource(16, seed=99)
-    features = torch.cat([measure.reader().read(source.images(ids))[1] for ids in torch.arange(2000).split(500)])
+    reader = measure.reader_of(source)
+    features = torch.cat([reader.read(source.images(ids))[1] for ids in torch.arange(2000).split(500)])
     floor = json.loads(Path("assets/truth/scenes16.json").read_text())["floor"]["2000"]
     assert frechet_distance(Statistics.of(features), truth.statistics) == pytest.approx(floor, rel=0.5)
     assert "50000" in truth.protocol

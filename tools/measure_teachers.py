@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from fewstep import build, config, measure
-from fewstep.data.source import SceneSource
+from fewstep.data.source import HELD_OUT, SceneSource
 from fewstep.evals.frechet import Statistics
 from fewstep.train.checkpoint import sha256
 
@@ -39,7 +39,7 @@ def store_truth(resolution: int) -> None:
     save_file(state, target)
     record = {
         "samples": TRUTH_SAMPLES,
-        "seed": measure.TRUTH_SEED,
+        "seed": HELD_OUT,
         "reader_sha256": sha256(Path("assets/reader/reader.safetensors")),
         "floor": floor(resolution, statistics),
     }
@@ -48,8 +48,9 @@ def store_truth(resolution: int) -> None:
 
 def floor(resolution: int, truth: Statistics) -> dict[str, float]:
     """Frechet distance of fresh true scenes to the stored truth, by sample count."""
-    source = SceneSource(resolution, measure.TRUTH_SEED + 1)
-    features = torch.cat([measure.reader().read(source.images(ids))[1] for ids in torch.arange(10_000).split(500)])
+    source = SceneSource(resolution, HELD_OUT + 1)
+    reader = measure.reader_of(source)
+    features = torch.cat([reader.read(source.images(ids))[1] for ids in torch.arange(10_000).split(500)])
     return {str(n): measure.frechet_distance(Statistics.of(features[:n]), truth) for n in (2000, 10_000)}
 
 
@@ -60,7 +61,7 @@ def store_row(folder: Path, samples: list[int], guidance: float) -> None:
     truth, most = measure.truth_of(run.source), max(samples)
     net, rollout = measure.teacher(run, measure.TEACHER_STEPS)
     labels = measure.labels_of(run, most)
-    images = measure.generate(net, rollout, labels, most, run.shape, measure.SAMPLE_SEED, progress=True)
+    images = measure.made(run, net, rollout, most, measure.SAMPLE_SEED, progress=True)
     speed = measure.measure("speed", run, net, rollout, truth, 100)
     rows = {}
     for count in samples:

@@ -97,52 +97,52 @@ def caption(attributes_row: Tensor | Sequence[int]) -> str:
     return " ".join(words)
 
 
-def _choose(uniform: Tensor, probabilities: Tensor) -> Tensor:
+def choose(uniform: Tensor, probabilities: Tensor) -> Tensor:
     """Inverse-transform draw (N,) int64 from the rows of `probabilities` (N,K) or (K,)."""
     # float64, so that rounding of the sums can never let a value of probability zero through
     edges = probabilities.double().cumsum(-1)[..., :-1]
     return (uniform.double()[:, None] >= edges).sum(1)
 
 
-def _table(rows: Sequence[object], like: Tensor) -> Tensor:
+def table(rows: Sequence[object], like: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32, device=like.device)
 
 
-def _jitter(draw: Draw, purpose: str, shape: Sequence[int], size: float) -> Tensor:
+def jitter(draw: Draw, purpose: str, shape: Sequence[int], size: float) -> Tensor:
     return (2 * draw.uniform(purpose, shape) - 1) * size
 
 
 def _attributes(draw: Draw, labels: Tensor) -> Tensor:
-    count = _choose(draw.uniform("scenes.count"), _table(_COUNT, labels))
-    position = _choose(draw.uniform("scenes.position"), _table(_POSITION, labels)[count])
-    size = _choose(draw.uniform("scenes.size"), _table(_SIZE, labels)[count])
-    texture = _choose(draw.uniform("scenes.texture"), _table(_TEXTURE, labels))
+    count = choose(draw.uniform("scenes.count"), table(_COUNT, labels))
+    position = choose(draw.uniform("scenes.position"), table(_POSITION, labels)[count])
+    size = choose(draw.uniform("scenes.size"), table(_SIZE, labels)[count])
+    texture = choose(draw.uniform("scenes.texture"), table(_TEXTURE, labels))
     kind, colour = labels // len(COLOURS), labels % len(COLOURS)
     return torch.stack([kind, colour, count, position, size, texture], 1)
 
 
-def _pixel_centres(resolution: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def pixel_centres(resolution: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """x (1,1,R) to the right and y (1,R,1) downwards, in [-1/2, 1/2]."""
     axis = (torch.arange(resolution, device=like.device) + 0.5) / resolution - 0.5
     return axis[None, None, :], axis[None, :, None]
 
 
-def _background(draw: Draw, resolution: int) -> Tensor:
+def background(draw: Draw, resolution: int) -> Tensor:
     """(N,3,R,R): a linear gradient in a random direction between two greyish tones."""
     grey = _GREY[0] + (_GREY[1] - _GREY[0]) * draw.uniform("scenes.grey", (2, 1))
-    tones = (grey + _jitter(draw, "scenes.tint", (2, 3), _TINT))[:, :, :, None, None]
+    tones = (grey + jitter(draw, "scenes.tint", (2, 3), _TINT))[:, :, :, None, None]
     angle = 2 * math.pi * draw.uniform("scenes.angle", (1, 1))
-    x, y = _pixel_centres(resolution, angle)
+    x, y = pixel_centres(resolution, angle)
     mix = (0.5 + (x * angle.cos() + y * angle.sin()) / math.sqrt(2))[:, None]
     return torch.lerp(tones[:, 0], tones[:, 1], mix)
 
 
 def _local(draw: Draw, position: Tensor, resolution: int) -> tuple[Tensor, Tensor]:
     """Coordinates (N,R,R) x and y of each pixel relative to the nearer object's centre."""
-    centre = _table(_CENTRES, position)[position] + _jitter(draw, "scenes.centre", (2,), _CENTRE_JITTER)
-    twin = _table(_TWIN_OFFSETS, position)[position]
+    centre = table(_CENTRES, position)[position] + jitter(draw, "scenes.centre", (2,), _CENTRE_JITTER)
+    twin = table(_TWIN_OFFSETS, position)[position]
     local = []
-    for axis, pixels in enumerate(_pixel_centres(resolution, position)):
+    for axis, pixels in enumerate(pixel_centres(resolution, position)):
         offset = pixels - centre[:, axis, None, None]
         # twins never cross the line between them, so the sign of the offset says which one is nearer
         local.append(offset - torch.where(offset > 0, 1.0, -1.0) * twin[:, axis, None, None])
@@ -150,7 +150,7 @@ def _local(draw: Draw, position: Tensor, resolution: int) -> tuple[Tensor, Tenso
     return x, y
 
 
-def _distance(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+def distance(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """Signed distance (N,R,R) to the outline of each shape, negative inside."""
     norm = torch.sqrt(x * x + y * y)
     circum = _TRIANGLE * radius
@@ -166,9 +166,9 @@ def _distance(kind: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return shapes[kind, torch.arange(len(kind), device=kind.device)]
 
 
-def _tones(draw: Draw, colour: Tensor) -> tuple[Tensor, Tensor, float]:
+def paints(draw: Draw, colour: Tensor) -> tuple[Tensor, Tensor, float]:
     """The colour (N,3,1,1) of the object, its dark shade and the near-white of stripes."""
-    base = _table(_RGB, colour)[colour] + _jitter(draw, "scenes.colour", (3,), _RGB_JITTER)
+    base = table(_RGB, colour)[colour] + jitter(draw, "scenes.colour", (3,), _RGB_JITTER)
     base = base.clamp(0, 1)[:, :, None, None]
     return base, _SHADE * base, _NEAR_WHITE
 
@@ -176,7 +176,7 @@ def _tones(draw: Draw, colour: Tensor) -> tuple[Tensor, Tensor, float]:
 def _surface(draw: Draw, attributes: Tensor, x: Tensor, y: Tensor, radius: Tensor, resolution: int) -> Tensor:
     """(N,3,R,R): the paint of the object, wherever the object may be."""
     kind, colour, texture = attributes[:, 0], attributes[:, 1], attributes[:, 5, None, None]
-    base, shade, white = _tones(draw, colour)
+    base, shade, white = paints(draw, colour)
     # a triangle is split at its centroid, or its upper half would be too little to show the colour
     split = torch.where(kind[:, None, None] == KINDS.index("triangle"), 0.25 * _TRIANGLE * radius, 0.0)
     lower = (0.5 + (y - split) * resolution).clamp(0, 1)
@@ -189,12 +189,12 @@ def _surface(draw: Draw, attributes: Tensor, x: Tensor, y: Tensor, radius: Tenso
 
 def _render(draw: Draw, attributes: Tensor, resolution: int) -> Tensor:
     kind, position, size = attributes[:, 0], attributes[:, 3], attributes[:, 4]
-    radius = _table(_RADII, size)[size] * (1 + _jitter(draw, "scenes.radius", (), _RADIUS_JITTER))
+    radius = table(_RADII, size)[size] * (1 + jitter(draw, "scenes.radius", (), _RADIUS_JITTER))
     radius = radius[:, None, None]
     x, y = _local(draw, position, resolution)
-    coverage = (0.5 - _distance(kind, x, y, radius) * resolution).clamp(0, 1)[:, None]
+    coverage = (0.5 - distance(kind, x, y, radius) * resolution).clamp(0, 1)[:, None]
     surface = _surface(draw, attributes, x, y, radius, resolution)
-    return 2 * torch.lerp(_background(draw, resolution), surface, coverage) - 1
+    return 2 * torch.lerp(background(draw, resolution), surface, coverage) - 1
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,16 @@ from torchvision.transforms.v2 import functional as transforms
 
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
-from fewstep.data.scenes import LABELS, Scenes
+from fewstep.data.captioned import CaptionedScenes
+from fewstep.data.scenes import LABELS, Scenes, caption
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+HELD_OUT = 40_000
+"""seed of the scenes that no training sees"""
 
 
 class Source(ABC):
-    """Images (B, 3, H, W) float32 in [-1, 1] with labels (B,) int64; `labels` are their names, () for none."""
+    """Images (B, 3, H, W) float32 in [-1, 1] with labels (B,) int64 and captions; `labels` are names, () for none."""
 
     resolution: int
     labels: tuple[str, ...]
@@ -30,6 +33,14 @@ class Source(ABC):
     @abstractmethod
     def images(self, ids: Tensor) -> Tensor:
         """The images (B, 3, H, W) of the samples `ids` (B,)."""
+
+    def captions(self, ids: Tensor) -> list[str]:
+        """What a network that reads prompts is told of the samples `ids` (B,): the name of the label, or nothing."""
+        return [self.labels[label] if self.labels else "" for label in self.label_of(ids).tolist()]
+
+    def held_out(self) -> Source:
+        """The same world without what the training sees; a finite source has nothing else than itself."""
+        return self
 
 
 class SceneSource(Source):
@@ -46,10 +57,38 @@ class SceneSource(Source):
     def images(self, ids: Tensor) -> Tensor:
         return self.scenes.sample(ids).images
 
+    def captions(self, ids: Tensor) -> list[str]:
+        return [caption(row) for row in self.scenes.sample(ids).attributes]
+
+    def held_out(self) -> SceneSource:
+        return SceneSource(self.resolution, HELD_OUT)
+
+
+class CaptionedSource(Source):
+    """One or two objects and a sentence about them; see `fewstep.data.captioned`."""
+
+    labels = ()
+
+    def __init__(self, resolution: int, seed: int):
+        self.resolution, self.scenes = resolution, CaptionedScenes(resolution, seed)
+
+    def label_of(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(ids)
+
+    def images(self, ids: Tensor) -> Tensor:
+        return self.scenes.images(ids)
+
+    def captions(self, ids: Tensor) -> list[str]:
+        return self.scenes.captions(ids)
+
+    def held_out(self) -> CaptionedSource:
+        return CaptionedSource(self.resolution, HELD_OUT)
+
 
 class FolderSource(Source):
     """A folder of images, centre-cropped and resized; class sub-folders, in sorted order, give the labels.
 
+    A text file beside an image, of the same name, is its caption; an image without one has the name of its label.
     Every epoch visits each image once in an order of its own. Files that cannot be read are left out and named in
     `skipped`. Raises UserError when no image is left.
     """
@@ -57,13 +96,17 @@ class FolderSource(Source):
     def __init__(self, folder: str | Path, resolution: int, seed: int):
         root = Path(folder)
         if not root.is_dir():
-            raise UserError(f"data.source is 'scenes' or a folder of images, and there is no folder {folder}")
+            raise UserError(
+                f"data.source is {', '.join(WORLDS)}, a .txt file of prompts or a folder of images, and there is no "
+                f"folder {folder}"
+            )
         classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
         self.resolution, self.seed, self.labels = resolution, seed, tuple(classes)
         self.skipped: list[Path] = []
         kept: list[Tensor] = []
         labels: list[int] = []
+        self._captions: list[str] = []
         for file in files:
             image = self._read(file)
             if image is None or (classes and file.parent == root):
@@ -71,12 +114,22 @@ class FolderSource(Source):
                 continue
             kept.append(image)
             labels.append(classes.index(file.relative_to(root).parts[0]) if classes else 0)
+            self._captions.append(self._caption(file) or (classes[labels[-1]] if classes else ""))
         if not kept:
             found = (
                 f"{len(files)} files there, none of them readable" if files else f"no {', '.join(SUFFIXES)} file there"
             )
             raise UserError(f"the image folder {folder} is of no use: {found}")
         self._images, self._labels = torch.stack(kept), torch.tensor(labels)
+
+    def _caption(self, file: Path) -> str:
+        """The text beside an image, "" where there is none or it is no UTF-8."""
+        text = file.with_suffix(".txt")
+        try:
+            return " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else ""
+        except (OSError, UnicodeDecodeError):
+            self.skipped.append(text)
+            return ""
 
     def _read(self, file: Path) -> Tensor | None:
         """(3, H, W) uint8, or None for a file that is no whole image."""
@@ -90,14 +143,7 @@ class FolderSource(Source):
         return transforms.resize(image, [self.resolution, self.resolution], antialias=True)
 
     def _rows(self, ids: Tensor) -> Tensor:
-        count = len(self._images)
-        epochs, places = ids // count, ids % count
-        rows = torch.empty_like(ids)
-        for epoch in epochs.unique():
-            order = Draw(self.seed, int(epoch), torch.arange(count)).uniform("folder.order").argsort()
-            mine = epochs == epoch
-            rows[mine] = order[places[mine]]
-        return rows
+        return shuffled(ids, len(self._images), self.seed, "folder.order")
 
     def label_of(self, ids: Tensor) -> Tensor:
         return self._labels[self._rows(ids)]
@@ -105,7 +151,55 @@ class FolderSource(Source):
     def images(self, ids: Tensor) -> Tensor:
         return self._images[self._rows(ids)].float() / 127.5 - 1
 
+    def captions(self, ids: Tensor) -> list[str]:
+        return [self._captions[row] for row in self._rows(ids).tolist()]
+
+
+class PromptSource(Source):
+    """A text file with a prompt a line, for methods without data; each epoch has an order of its own.
+
+    Raises UserError for a file without prompts or that is no UTF-8 text, and when images are asked for.
+    """
+
+    labels = ()
+
+    def __init__(self, file: str | Path, resolution: int, seed: int):
+        self.file, self.resolution, self.seed = Path(file), resolution, seed
+        try:
+            lines = self.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+            raise UserError(f"the prompts of data.source={file} cannot be read: {reason}") from None
+        self.prompts = [line.strip() for line in lines if line.strip()]
+        if not self.prompts:
+            raise UserError(f"data.source={file} has no prompt: write one a line")
+
+    def label_of(self, ids: Tensor) -> Tensor:
+        return torch.zeros_like(ids)
+
+    def images(self, ids: Tensor) -> Tensor:
+        raise UserError(f"data.source={self.file} holds prompts alone, but this objective learns from images")
+
+    def captions(self, ids: Tensor) -> list[str]:
+        return [self.prompts[row] for row in shuffled(ids, len(self.prompts), self.seed, "prompts.order").tolist()]
+
+
+def shuffled(ids: Tensor, count: int, seed: int, purpose: str) -> Tensor:
+    """Rows (B,) below `count` for the samples `ids` (B,): every epoch visits each row once, in its own order."""
+    epochs, places = ids // count, ids % count
+    rows = torch.empty_like(ids)
+    for epoch in epochs.unique():
+        order = Draw(seed, int(epoch), torch.arange(count)).uniform(purpose).argsort()
+        mine = epochs == epoch
+        rows[mine] = order[places[mine]]
+    return rows
+
+
+WORLDS: dict[str, type[SceneSource] | type[CaptionedSource]] = {"scenes": SceneSource, "captioned": CaptionedSource}
+
 
 def open_source(source: str, resolution: int, seed: int) -> Source:
-    """`scenes`, or a folder of images."""
-    return SceneSource(resolution, seed) if source == "scenes" else FolderSource(source, resolution, seed)
+    """One of `WORLDS`, a text file of prompts, or a folder of images."""
+    if source in WORLDS:
+        return WORLDS[source](resolution, seed)
+    return (PromptSource if source.endswith(".txt") else FolderSource)(source, resolution, seed)

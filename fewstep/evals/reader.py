@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 RESOLUTION = 16
+LAYERS = ((32, 1), (48, 2), (64, 1), (96, 2))
 FEATURES = 64
 _BATCH = 500
 
@@ -22,27 +24,29 @@ def _block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 class Reader(nn.Module):
     """Images (N,3,H,W) in [-1,1] to logits for each attribute and features (N,64).
 
-    `attributes` maps each attribute's name to the names of its values, in the order of the columns read.
+    `attributes` maps each attribute's name to the names of its values, in the order of the columns read. `resolution`
+    is the side at which images are looked at, and `layers` gives the channels and the stride of each convolution.
     """
 
-    def __init__(self, attributes: dict[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        attributes: dict[str, tuple[str, ...]],
+        resolution: int = RESOLUTION,
+        layers: Sequence[tuple[int, int]] = LAYERS,
+    ) -> None:
         super().__init__()
-        self.attributes = attributes
-        self.body = nn.Sequential(
-            *_block(3, 32, 1),
-            *_block(32, 48, 2),
-            *_block(48, 64, 1),
-            *_block(64, 96, 2),
-            nn.Flatten(),
-            nn.Linear(96 * (RESOLUTION // 4) ** 2, FEATURES),
-            nn.SiLU(),
-        )
+        self.attributes, self.resolution = attributes, resolution
+        channels, blocks, side = 3, [], resolution
+        for outputs, stride in layers:
+            blocks += _block(channels, outputs, stride)
+            channels, side = outputs, side // stride
+        self.body = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(channels * side * side, FEATURES), nn.SiLU())
         self.heads = nn.Linear(FEATURES, sum(len(values) for values in attributes.values()))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """One tensor of logits (N, values) for each attribute, and features (N,64)."""
-        if images.shape[-2:] != (RESOLUTION, RESOLUTION):
-            size = (RESOLUTION, RESOLUTION)
+        size = (self.resolution, self.resolution)
+        if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         features = self.body(images)
         widths = [len(values) for values in self.attributes.values()]
@@ -67,8 +71,10 @@ def load_reader(folder: Path | str) -> Reader:
     weights, protocol = Path(folder) / "reader.safetensors", Path(folder) / "reader.json"
     for path in (weights, protocol):
         if not path.is_file():
-            raise FileNotFoundError(f"No reader at {path}: make one with tools/train_reader.py.")
-    attributes = json.loads(protocol.read_text())["attributes"]
-    reader = Reader({name: tuple(values) for name, values in attributes.items()})
+            maker = "train_caption_reader" if "caption" in Path(folder).name else "train_reader"
+            raise FileNotFoundError(f"No reader at {path}: make one with tools/{maker}.py.")
+    described = json.loads(protocol.read_text())
+    attributes = {name: tuple(values) for name, values in described["attributes"].items()}
+    reader = Reader(attributes, described.get("resolution", RESOLUTION), described.get("layers", LAYERS))
     reader.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
     return reader.eval().requires_grad_(False)

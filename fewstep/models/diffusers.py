@@ -28,7 +28,7 @@ class Family:
 
     `call(net, x, timestep, cond)` returns the raw output; `tap` is the usual block for a discriminator;
     `time_embedding` names the module whose output is the time embedding; `classes` counts the label embeddings;
-    `feature(block, output)` is the tensor that a tap of `block` gives.
+    `feature(block, output)` is the tensor that a tap of `block` gives; `prompts` says that it reads prompts.
     """
 
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
@@ -36,6 +36,7 @@ class Family:
     time_embedding: str
     classes: Callable[[nn.Module], int | None] = _no_classes
     feature: Callable[[nn.Module, Any], Tensor] = first
+    prompts: bool = False
 
 
 def _unet2d(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
@@ -81,17 +82,20 @@ FAMILIES: dict[str, Family] = {
         call=_unet2d_condition,
         tap=lambda net: "mid_block",
         time_embedding="time_embedding",
+        prompts=True,
     ),
     "SD3Transformer2DModel": Family(
         call=_transformer,
         tap=lambda net: f"transformer_blocks.{len(net.transformer_blocks) // 2}",
         time_embedding="time_text_embed.timestep_embedder",
         feature=_image_stream,
+        prompts=True,
     ),
     "WanTransformer3DModel": Family(
         call=_transformer,
         tap=lambda net: f"blocks.{len(net.blocks) // 2}",
         time_embedding="condition_embedder.time_embedder",
+        prompts=True,
     ),
 }
 
