@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from fewstep import build as building
 from fewstep import config as configs
 from fewstep.build import Run
 from fewstep.config import Config
-from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.models import schedulers
-from fewstep.models.backbone import Routed
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import locate
+from fewstep.routes import Pixels, Route, exportable, part_of, route_of, stock
 from fewstep.train import checkpoint
 
 CARD = "README.md"
@@ -38,17 +37,19 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     there is replaced. `licence` is an identifier for the model card; default: the teacher's, where its card is at
     hand. Raises UserError for a run without a route in stock diffusers and for a place that cannot be written.
     """
-    backbone, scheduler = _exportable(run), _scheduler(run)
-    net = _stock(backbone.net, run.shape[-1], dtype)
+    backbone, scheduler = exportable(run), _scheduler(run)
+    route, net = route_of(run, backbone.net), stock(backbone.net, dtype)
+    if net.config.sample_size is None:
+        net.register_to_config(sample_size=run.shape[-1])
     folder = Path(folder).absolute()
     aside = folder.with_name(f".{folder.name}.partial")
     _refuse_foreign(folder)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        diffusers.ConsistencyModelPipeline(unet=net, scheduler=scheduler).save_pretrained(aside)
-        _check(run, backbone, net, aside)
-        (aside / CARD).write_text(card(run, dtype, licence))
+        route.pipeline(net, scheduler, partial(stock, dtype=dtype)).save_pretrained(aside)
+        _check(run, backbone, net, route, aside)
+        (aside / CARD).write_text(card(run, dtype, route.tag, licence))
         _replace(aside, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -60,47 +61,12 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     return folder
 
 
-def _exportable(run: Run) -> DiffusersBackbone:
-    """The generator, if stock diffusers has a pipeline for its network. Raises UserError with the reason."""
-    backbone = run.evaluated()
-    if isinstance(backbone, Routed):
-        raise UserError(
-            f"a generator of {len(backbone.experts)} experts has no stock diffusers pipeline: train with "
-            "model.experts=1 to export, or sample with fewstep"
-        )
-    if not isinstance(backbone, DiffusersBackbone):
-        raise UserError(f"a {type(backbone).__name__} has no stock diffusers pipeline: sample with fewstep")
-    if backbone.dials or run.rollout.two_times:
-        told = ", ".join(backbone.dials) or "to"
-        raise UserError(
-            f"this network is told more than the time ({told}), for which stock diffusers has no input: "
-            "sample with fewstep"
-        )
-    if not isinstance(backbone.net, diffusers.UNet2DModel):
-        raise UserError(
-            f"no stock diffusers pipeline runs a {type(backbone.net).__name__} on pixels (DiTPipeline needs a VAE): "
-            "use a UNet2DModel to export, or sample with fewstep"
-        )
-    return backbone.fused()
-
-
 def _scheduler(run: Run) -> Any:
     """The scheduler the run's rollout took its times from. Raises UserError with the reason if there is none."""
     if run.scheduler is not None:
         return run.scheduler
     model, teacher = run.config.model, run.teacher
     return schedulers.student_scheduler(teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift)
-
-
-def _stock(net: nn.Module, resolution: int, dtype: torch.dtype) -> nn.Module:
-    """A copy of `net` on the CPU in `dtype`, knowing its image size, which the pipeline asks for."""
-    # diffusers' own `to` warns about modules to keep in float32, even where there are none.
-    net = nn.Module.to(copy.deepcopy(net).cpu().eval().requires_grad_(False), dtype)
-    if not all(weight.isfinite().all() for weight in net.state_dict().values()):
-        raise UserError(f"the weights are not finite in {dtype}: export in torch.float32, or an earlier checkpoint")
-    if net.config.sample_size is None:
-        net.register_to_config(sample_size=resolution)
-    return net
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -128,43 +94,32 @@ class SameNoise:
 
 
 @torch.no_grad()
-def _check(run: Run, backbone: DiffusersBackbone, net: nn.Module, folder: Path) -> None:
+def _check(run: Run, backbone: DiffusersBackbone, net: nn.Module, route: Route, folder: Path) -> None:
     """Re-opens `folder` and walks it beside the run's rollout. Raises OSError or UserError if they differ."""
-    unet = type(net).from_pretrained(folder / "unet")
-    meant = net.state_dict()
-    if any(not torch.equal(value, meant[name].to(value.dtype)) for name, value in unet.state_dict().items()):
-        raise OSError("its weights are not those that were written")
-    scheduler = type(_scheduler(run)).from_pretrained(folder / "scheduler")
-    pipeline = diffusers.ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    labelled, states = unet.config.num_class_embeds is not None, []
-    pipeline(
-        class_labels=[0] if labelled else None,
-        num_inference_steps=len(run.rollout),
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-        callback=lambda i, t, x: states.append(x),
-    )
-    noise = SameNoise(0, 1)
-    cond = Condition({"class_labels": torch.zeros(1, dtype=torch.long)} if labelled else {})
-    plain = DiffusersBackbone(unet, backbone.schedule, backbone.kind)
-    ours = run.rollout(plain, noise.normal("", run.shape), cond, noise).x0  # type: ignore[arg-type]
-    apart = ((states[-1] - ours).abs().max() / ours.abs().max().clamp(min=1)).item()
+    opened, meant = getattr(pipeline, part_of(pipeline)).eval(), net.state_dict()
+    if any(not torch.equal(value, meant[name].to(value.dtype)) for name, value in opened.state_dict().items()):
+        raise OSError("its weights are not those that were written")
+    theirs = route.walk(pipeline, len(run.rollout))
+    noise, plain = SameNoise(0, 1), DiffusersBackbone(opened, backbone.schedule, backbone.kind)
+    ours = run.rollout(plain, noise.normal("", run.shape), route.told(pipeline), noise).x0  # type: ignore[arg-type]
+    apart = ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).item()
     if not apart < _TOLERANCE:
         raise UserError(
-            f"{type(scheduler).__name__} does not walk these {len(run.rollout)} steps as the run does (relative "
-            f"difference {apart:.1e}), so nothing was exported: use fewer steps or another model.transition"
+            f"{type(pipeline.scheduler).__name__} does not walk these {len(run.rollout)} steps as the run does "
+            f"(relative difference {apart:.1e}), so nothing was exported: use fewer steps or another model.transition"
         )
 
 
-def card(run: Run, dtype: torch.dtype, licence: str | None = None) -> str:
+def card(run: Run, dtype: torch.dtype, tag: str = Pixels.tag, licence: str | None = None) -> str:
     """The model card: YAML header, what this is, how to sample it with diffusers alone."""
     model = run.config.model
     header = ModelCardData(
         library_name="diffusers",
         license=licence or _licence(model.teacher, model.revision),
         base_model=_teacher_name(model.teacher),
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag=tag,
         tags=["fewstep", *(["few-step", "distillation"] if model.teacher else [])],
         num_inference_steps=len(run.rollout),
         id2label=dict(enumerate(run.source.labels)) or None,
@@ -176,12 +131,13 @@ def card(run: Run, dtype: torch.dtype, licence: str | None = None) -> str:
 
 def _facts(run: Run, dtype: torch.dtype) -> dict[str, str]:
     config, model, player = run.config, run.config.model, run.players["generator"]
-    steps, side = len(run.rollout), run.shape[-1]
+    steps, side = len(run.rollout), config.data.resolution
     kept = "EMA of the weights" if "ema" in player.followers else "last weights"
     method = f"`{config.objective.name}` with fewstep"  # type: ignore[attr-defined]
     facts = {"teacher": f"`{_teacher_name(model.teacher)}`" if model.teacher else "none: trained from data"}
     facts["method"] = f"{method}, {player.moves} optimizer steps, {kept}, stored in {str(dtype).split('.')[-1]}"
-    facts["images"] = f"{side} x {side} pixels, trained on `{Path(config.data.source).name}`"
+    frames = f", {config.data.frames} frames" if config.data.frames else ""
+    facts["images"] = f"{side} x {side} pixels{frames}, trained on `{Path(config.data.source).name}`"
     facts["steps"] = f"{steps} network pass{'es' if steps > 1 else ''}"
     if steps > 1:
         facts["transition"] = f"`{model.transition}`"
@@ -193,6 +149,24 @@ def _facts(run: Run, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _how(run: Run) -> str:
+    return _how_to_prompt(run) if run.teacher.codec is not None else _how_to_label(run)
+
+
+def _how_to_prompt(run: Run) -> str:
+    side, frames = run.config.data.resolution, run.config.data.frames
+    length = "" if frames is None else f"    num_frames={frames},\n"
+    code = (
+        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        'pipeline = DiffusionPipeline.from_pretrained(".")  # this folder\n'
+        f'made = pipeline(\n    "{run.conditions.names(torch.zeros(1, dtype=torch.long))[0]}",\n'
+        f"    height={side},\n    width={side},\n{length}    num_inference_steps={len(run.rollout)},\n"
+        "    guidance_scale=1.0,\n    generator=torch.Generator().manual_seed(0),\n)\n"
+    )
+    note = "`guidance_scale=1.0` is needed: guidance is inside already, and the pipeline would apply its own on top."
+    return f"## Sampling\n\n```python\n{code}```\n\n{note}"
+
+
+def _how_to_label(run: Run) -> str:
     steps, labels, null = len(run.rollout), run.source.labels, run.teacher.null_label
     count = min(4, len(labels)) or 4
     asked = f"    class_labels={list(range(count))},  # one for each image\n" if labels else ""

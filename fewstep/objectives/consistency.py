@@ -5,6 +5,9 @@ L = E d(f(x_t, t), sg f'(x_s, s)) on neighbouring times t > s of a grid, where x
 
 The boundary f(x, 0) = x holds by construction: f is the x0 reading of the prediction, exact at sigma = 0 for
 epsilon, v and flow networks, and at s = 0 the target is x_s itself for every kind.
+
+The grid is fixed during a run: the curricula N(k), mu(k) of consistency training and LCM's random guidance are not
+here.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from fewstep.objectives import base
 from fewstep.objectives.base import Turn, Turns, sample_logs
 from fewstep.objectives.pieces.distances import Distance, distance
 from fewstep.objectives.pieces.teacher_step import Solver, teacher_step
+from fewstep.rollout import ode
 
 
 @dataclass
@@ -49,6 +53,14 @@ class Config:
 
 class Objective(base.Objective):
     reads = ("x0",)
+
+    def __init__(self, config, triad, rollout):
+        super().__init__(config, triad, rollout)
+        if len(rollout) > 1 and rollout.step is ode:
+            raise UserError(
+                "a consistency function is no denoiser: several steps of it need fresh noise in between, so set "
+                "model.transition=renoise (or gamma, cps)"
+            )
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:

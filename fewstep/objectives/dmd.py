@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fewstep.core.batch import Batch
+from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
 from fewstep.core.times import Times
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
 from fewstep.objectives.pieces.distances import Distance, distance
+from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.matching import critic_loss, matching_loss
 from fewstep.objectives.pieces.score_gap import Weight
-from fewstep.rollout import Sample
+from fewstep.rollout import Sample, ode
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Config:
     """of the regression: l2 | l1 | huber"""
     ratio: int = 1
     """critic moves for each generator move"""
+    exits: Exits = field(default_factory=Exits)
+    """of several steps: the one that is trained"""
 
     def __post_init__(self) -> None:
         if self.ratio < 1 or self.regression < 0:
@@ -51,13 +54,23 @@ class Objective(base.Objective):
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
         self.reads = ("pair",) if config.regression else ()
+        if config.regression and len(rollout) > 1 and rollout.step is not ode:
+            raise UserError(
+                "objective.regression pairs a noise with what becomes of it, which fresh noise between the steps would "
+                "break: set model.transition=ode, or objective.regression=0"
+            )
 
     def generates(self, step: int) -> bool:
         return step % self.config.ratio == 0
 
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
-        exit = batch.draw.shared_integer("dmd.exit", len(self.rollout))
-        return self.rollout(self.triad.generator, batch.noise, batch.cond, batch.draw, exit=exit, grad=int(grad))
+        return self.roll(batch, batch.noise, batch.cond, grad)
+
+    def roll(self, batch: Batch, noise: Tensor, cond: Condition, grad: bool) -> Sample:
+        """From `noise` (B, *S) to the exit of this step."""
+        exits, net = self.config.exits, self.triad.generator
+        exit = exits.at(self.rollout, batch.draw, "dmd.exit")
+        return self.rollout(net, noise, cond, batch.draw, exit=exit, grad=exits.window * grad)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd.t", self.config.times)
@@ -68,11 +81,10 @@ class Objective(base.Objective):
         return loss, logs
 
     def regression_loss(self, batch: Batch) -> Tensor:
-        """distance(G(z), y) on the stored pairs, whose noise is independent of the batch's."""
+        """distance(G(z), y) on the stored pairs at the same exit; their noise is independent of the batch's."""
         pair = batch.pair
         assert pair is not None
-        made = self.rollout(self.triad.generator, pair.noise, pair.cond, batch.draw, grad=1, purpose="dmd.pair").x0
-        return distance(made, pair.x0, self.config.distance)
+        return distance(self.roll(batch, pair.noise, pair.cond, grad=True).x0, pair.x0, self.config.distance)
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd.critic_t", self.config.critic_times)

@@ -27,6 +27,7 @@ from fewstep.models.head import Heads
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
 from fewstep.objectives.pieces import gan
+from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.score_gap import (
     Weight,
     denoising_loss,
@@ -51,6 +52,8 @@ class Config:
     """steps for each generator move; the critic moves at every step"""
     critic_on_generator_step: bool = True
     """False: the critic rests when the generator moves, so it moves ratio - 1 times (FastGen)"""
+    exits: Exits = field(default_factory=Exits)
+    """of several steps: the one that is trained"""
     backward_simulation: bool = True
     """start later steps from the student's own samples; False: from noised real images"""
     gan_weight: float = 3e-3
@@ -67,6 +70,8 @@ class Config:
             raise UserError(f"objective.ratio is at least 1, but {self.ratio} was given")
         if self.ratio == 1 and not self.critic_on_generator_step:
             raise UserError("objective.critic_on_generator_step=false needs a ratio above 1: the critic never moved")
+        if not self.backward_simulation and self.exits != Exits():
+            raise UserError("objective.exits is for simulated inputs: set backward_simulation=true, or leave exits out")
         if self.gan_weight < 0 or self.gan_critic_weight < 0:
             raise UserError("objective.gan_weight and gan_critic_weight are at least 0")
 
@@ -103,9 +108,10 @@ class Objective(base.Objective):
         return self.config.critic_on_generator_step or not self.generates(step)
 
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
-        exit = batch.draw.shared_integer("dmd2.exit", len(self.rollout))
+        exits, net = self.config.exits, self.triad.generator
+        exit = exits.at(self.rollout, batch.draw, "dmd2.exit")
         if self.config.backward_simulation or exit == 0:
-            return self.rollout(self.triad.generator, batch.noise, batch.cond, batch.draw, exit=exit, grad=int(grad))
+            return self.rollout(net, batch.noise, batch.cond, batch.draw, exit=exit, grad=exits.window * grad)
         return self.from_data(batch, exit, grad)
 
     def from_data(self, batch: Batch, exit: int, grad: bool) -> Sample:
@@ -120,11 +126,12 @@ class Objective(base.Objective):
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         schedule, x = self.triad.generator.schedule, sample.x0.detach()
         t = self.draw_time(batch, "dmd2.t", self.config.times)
-        x_t = noised(schedule, sample.x0, sample.s, t, batch.draw.normal("dmd2.eps", x.shape[1:]))
+        clean = torch.zeros_like(sample.s)
+        x_t = noised(schedule, sample.x0, clean, t, batch.draw.normal("dmd2.eps", x.shape[1:]))
         with torch.no_grad():
             real = self.triad.real_score(x_t.detach(), t, batch.cond).x0
         fake, adversarial = self.judge(x_t, t, batch.cond)
-        gradient = direction(real, fake, x, self.config.weight, schedule, sample.s, t)
+        gradient = direction(real, fake, x, self.config.weight, schedule, clean, t)
         loss, logs = surrogate(sample.x0, gradient), signals(x, real, fake)
         if adversarial is not None:
             logs["gan/generator"] = adversarial
@@ -155,10 +162,11 @@ class Objective(base.Objective):
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd2.critic_t", self.config.critic_times)
         eps = batch.draw.normal("dmd2.critic_eps", sample.x0.shape[1:])
-        x_t = noised(self.triad.generator.schedule, sample.x0, sample.s, t, eps)
+        clean = torch.zeros_like(sample.s)
+        x_t = noised(self.triad.generator.schedule, sample.x0, clean, t, eps)
         own = self.heads is not None and self.watched is self.triad.fake_score
         prediction = self.triad.fake_score(x_t, t, batch.cond, taps=self.taps if own else ())
-        loss = denoising_loss(prediction, sample.x0, sample.s, eps)
+        loss = denoising_loss(prediction, sample.x0, clean, eps)
         if self.heads is None:
             return loss, {}
         fake = prediction if own else self.features(x_t, t, batch.cond)

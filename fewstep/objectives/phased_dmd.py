@@ -59,8 +59,14 @@ class Objective(base.Objective):
         return step % self.config.ratio == 0
 
     def phase_of(self, step: int) -> int:
-        """The phase, from 0, that `step` trains; alternating ones change after each generator move."""
-        return self.config.phase - 1 if self.config.phase else step // self.config.ratio % self.config.phases
+        """The phase, from 0, that `step` trains.
+
+        Alternating ones change right after each generator move, so that the critic has just trained on the phase that
+        it judges next.
+        """
+        if self.config.phase:
+            return self.config.phase - 1
+        return (step + self.config.ratio - 1) // self.config.ratio % self.config.phases
 
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
         """Exits at a random step of the phase and jumps from there to the level at which the phase ends."""

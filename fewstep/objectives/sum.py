@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,7 @@ class Objective(base.Objective):
         self.terms = nn.ModuleList(kind(own, triad, rollout) for kind, own, _ in parts)
         self.scales = [scale for _, _, scale in parts]
         self.reads = tuple({field for term in self.terms for field in term.reads})
+        self.group = math.lcm(*(term.group for term in self.terms))
 
     def attach(self, x: Tensor, cond: Any) -> None:
         for term in self.terms:
@@ -82,8 +84,12 @@ class Objective(base.Objective):
 
 
 def _add(parts: list[tuple[float, Tensor, Logs]]) -> tuple[Tensor, Logs]:
+    """The first term logs under its own names; a later one that logs the same thing has its number behind it."""
     loss = torch.stack([scale * part for scale, part, _ in parts]).sum()
-    return loss, {name: value for _, _, logs in parts for name, value in logs.items()}
+    joined: Logs = {}
+    for number, (_, _, logs) in enumerate(parts, 1):
+        joined |= {f"{name}/{number}" if name in joined else name: value for name, value in logs.items()}
+    return loss, joined
 
 
 def _needs(node: dict[str, Any]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared, Voice
 from fewstep.objectives import base
 from fewstep.objectives.base import Objective, Share, Triad, Turn
-from fewstep.rollout import Rollout
+from fewstep.rollout import Rollout, ode, renoise
 from fewstep.train.player import Player, PlayerConfig
 
 SMALL, WIDE = ((3, 8, 8), 8), ((1, 16, 16), 16)
@@ -50,6 +50,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
+
+TRANSITIONS = {"dmd": ode, "sum": ode}
+"""Of objectives that pair a noise with its sample; the others renoise."""
 
 CASES = [
     f"{name}{'-' if variant else ''}{variant}/{process}"
@@ -147,7 +150,9 @@ def make(
         networks["real_score"] = Guided(network(0, None), 1.5).requires_grad_(False)
     if "fake_score" in roles:
         networks["fake_score"] = network(2, "fake_score")
-    objective = module.Objective(config, Triad(**networks), Rollout([Step(1.0, 1.0), Step(0.5, 0.5)]))
+    objective = module.Objective(
+        config, Triad(**networks), Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], TRANSITIONS.get(name, renoise))
+    )
     torch.manual_seed(3)
     objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
     configs = {name: player for name in {**networks, **objective.learns()} if name != "real_score"}

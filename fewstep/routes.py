@@ -1,0 +1,132 @@
+"""The stock diffusers pipelines a student can be saved as, and how each is walked to see that it was saved right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from fewstep.build import Run
+from fewstep.core.batch import Condition
+from fewstep.core.errors import UserError
+from fewstep.models.backbone import Routed
+from fewstep.models.codec import codec_of
+from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.loading import DENOISERS
+
+
+class Pixels:
+    """A class-conditional network on pixels, as ConsistencyModelPipeline."""
+
+    tag = "unconditional-image-generation"
+
+    def pipeline(self, net: nn.Module, scheduler: Any, cast: Callable[[nn.Module], nn.Module]) -> Any:
+        return diffusers.ConsistencyModelPipeline(unet=net, scheduler=scheduler)
+
+    def walk(self, pipeline: Any, steps: int) -> Tensor:
+        """What the pipeline makes of the noise of seed 0, not clamped: (1, C, H, W)."""
+        states: list[Tensor] = []
+        pipeline(
+            class_labels=[0] if self._labelled(pipeline) else None,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+            callback=lambda i, t, x: states.append(x),
+        )
+        return states[-1]
+
+    def told(self, pipeline: Any) -> Condition:
+        """What `walk` told the network."""
+        return Condition({"class_labels": torch.zeros(1, dtype=torch.long)} if self._labelled(pipeline) else {})
+
+    def _labelled(self, pipeline: Any) -> bool:
+        return pipeline.unet.config.num_class_embeds is not None
+
+
+class Prompted:
+    """A network that reads prompts, as its teacher's own pipeline with everything around the denoiser."""
+
+    tag = "text-to-image"
+
+    def __init__(self, teacher: Any, size: tuple[int, int], frames: int | None):
+        self.teacher, self.size, self.frames = teacher, size, frames
+        if frames is not None:
+            self.tag = "text-to-video"
+
+    def pipeline(self, net: nn.Module, scheduler: Any, cast: Callable[[nn.Module], nn.Module]) -> Any:
+        around = {name: cast(part) for name, part in self.teacher.components.items() if isinstance(part, nn.Module)}
+        return type(self.teacher).from_pipe(
+            self.teacher, torch_dtype=None, **{**around, part_of(self.teacher): net, "scheduler": scheduler}
+        )
+
+    def walk(self, pipeline: Any, steps: int) -> Tensor:
+        """What the pipeline makes of an empty prompt and the noise of seed 0: latents (1, *S)."""
+        height, width = self.size
+        return pipeline(
+            prompt="",
+            height=height,
+            width=width,
+            **({} if self.frames is None else {"num_frames": self.frames}),
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            return_dict=False,
+        )[0]
+
+    def told(self, pipeline: Any) -> Condition:
+        """What `walk` told the network."""
+        return codec_of(pipeline).encode_prompts([""], size=self.size)
+
+
+Route = Pixels | Prompted
+
+
+def part_of(pipeline: Any) -> str:
+    """The name of a pipeline's denoiser."""
+    return next(name for name in DENOISERS if name in pipeline.components)
+
+
+def exportable(run: Run) -> DiffusersBackbone:
+    """The generator without adapters, if stock diffusers can run it. Raises UserError with the reason."""
+    backbone = run.evaluated()
+    if isinstance(backbone, Routed):
+        raise UserError(
+            f"a generator of {len(backbone.experts)} experts has no stock diffusers pipeline: train with "
+            "model.experts=1 to export, or sample with fewstep"
+        )
+    if not isinstance(backbone, DiffusersBackbone):
+        raise UserError(f"a {type(backbone).__name__} has no stock diffusers pipeline: sample with fewstep")
+    if backbone.dials or run.rollout.two_times:
+        told = ", ".join(backbone.dials) or "to"
+        raise UserError(
+            f"this network is told more than the time ({told}), for which stock diffusers has no input: "
+            "sample with fewstep"
+        )
+    return backbone.fused()
+
+
+def route_of(run: Run, net: nn.Module) -> Route:
+    """The pipeline that runs `net`. Raises UserError where there is none."""
+    if run.teacher.codec is not None:
+        side = run.config.data.resolution
+        return Prompted(run.teacher.codec.pipeline, (side, side), run.config.data.frames)
+    if not isinstance(net, diffusers.UNet2DModel):
+        raise UserError(
+            f"no stock diffusers pipeline runs a {type(net).__name__} on pixels (DiTPipeline needs a VAE): "
+            "use a UNet2DModel to export, or sample with fewstep"
+        )
+    return Pixels()
+
+
+def stock(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `net` on the CPU in `dtype`. Raises UserError for weights that are not finite in it."""
+    # diffusers' own `to` warns about modules to keep in float32, even where there are none.
+    net = nn.Module.to(copy.deepcopy(net).cpu().eval().requires_grad_(False), dtype)
+    if not all(weight.isfinite().all() for weight in net.state_dict().values()):
+        raise UserError(f"the weights are not finite in {dtype}: export in torch.float32, or an earlier checkpoint")
+    return net
