@@ -6,6 +6,7 @@ import ast
 import copy
 import inspect
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -22,6 +23,10 @@ from fewstep.core.prediction import Kind
 from fewstep.objectives import base as objectives
 from fewstep.rollout import TransitionName
 from fewstep.train.player import PlayerConfig
+
+
+FEWEST_SAMPLES = 24
+MANY_STEPS = 50
 
 
 @dataclass
@@ -57,7 +62,7 @@ class ModelConfig:
     guidance: float = 1.0
     """teacher guidance w in u + w (c - u); 1 = none"""
     steps: int = 1
-    """network passes of the student, 1 to 8"""
+    """network passes of the student, usually 1 to 8; 50 by default where `diffusion` trains a many-step model"""
     transition: TransitionName = "ode"
     """between the student's steps: renoise (SDE) | ode | cps | gamma"""
     eta: float = 0.5
@@ -74,6 +79,8 @@ class ModelConfig:
             raise UserError(f"model.shift is a factor above 0, but {self.shift} was given")
         if not 0 <= self.eta <= 1:
             raise UserError(f"model.eta is a share from 0 to 1, but {self.eta} was given")
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(f"model.guidance is a number from 0, 1 for none, but {self.guidance} was given")
 
 
 @dataclass
@@ -100,6 +107,17 @@ class EvalConfig:
     baseline: bool = True
     """also measure the undistilled teacher at the student's step count"""
 
+    def __post_init__(self) -> None:
+        check_samples("evals.samples", self.samples)
+        if self.every < 0 or self.measure_every < 0:
+            raise UserError("evals.every and evals.measure_every are numbers of steps, 0 for never")
+
+
+def check_samples(what: str, count: int) -> None:
+    """Raises UserError for a number of images that no table can be made of: neighbours and labels need some."""
+    if count != 0 and count < FEWEST_SAMPLES:
+        raise UserError(f"{what} is 0 for no table, or at least {FEWEST_SAMPLES} images, but {count} was given")
+
 
 @dataclass
 class SaveConfig:
@@ -123,6 +141,10 @@ class PairsConfig:
     """teacher steps for each pair"""
     seed: int = 7
     """seed of the pairs' noise and labels"""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.steps < 1:
+            raise UserError(f"pairs.count and pairs.steps are at least 1, but {self.count} and {self.steps} were given")
 
 
 @dataclass
@@ -157,6 +179,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.micro_batches < 1:
             raise UserError("steps, batch and micro_batches are at least 1")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise UserError(f"name becomes part of a folder's name: use letters, digits, . - and _, not '{self.name}'")
         if self.batch % self.micro_batches:
             raise UserError(f"batch {self.batch} cannot be split into {self.micro_batches} equal micro_batches")
 
@@ -238,9 +262,15 @@ def _typed(given: DictConfig) -> Config:
     if not given.get("name"):
         raise UserError("the config has no name: add a line such as name: my_run")
     node = given.get("objective") or {}
+    if isinstance(node, str):
+        raise UserError(f"objective has keys of its own: write objective.name={node}")
+    if not isinstance(given.get("model", {}), DictConfig):
+        raise UserError("model has keys of its own, such as model.teacher and model.steps")
     if "name" not in node:
         raise UserError(f"objective.name is missing: use one of {', '.join(objectives.names())}")
     module = objectives.find(node["name"])
+    if node["name"] == "diffusion":
+        given = _overlay(OmegaConf.create({"model": {"steps": MANY_STEPS}}), given)
     try:
         objective = OmegaConf.merge(OmegaConf.structured(module.Config), node)
         typed = OmegaConf.merge(OmegaConf.structured(Config), {k: v for k, v in given.items() if k != "objective"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fewstep import build, measure
 from fewstep.build import Run
-from fewstep.config import Config
+from fewstep.config import Config, check_samples
 from fewstep.core.errors import UserError
 from fewstep.export import export, load_run
 from fewstep.train.checkpoint import write_text
@@ -43,6 +43,7 @@ def evaluate(folder: Path, step: int | None, samples: int) -> None:
     """Measures the generator of a run folder again and writes its table and page anew."""
     from fewstep import report
 
+    check_samples("--samples", samples)
     run = load_run(folder, step)
     table = measure.table(run, samples)
     write_text(folder / "table.json", json.dumps(table, indent=1))

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fewstep.core.batch import Batch, Condition
+from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
 from fewstep.core.times import Times
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
-from fewstep.objectives.pieces.distances import Distance, distance
+from fewstep.objectives.pieces.distances import Distance
 from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.matching import critic_loss, matching_loss
+from fewstep.objectives.pieces.paired import paired_loss, refuse_fresh_noise
 from fewstep.objectives.pieces.score_gap import Weight
-from fewstep.rollout import Sample, ode
+from fewstep.rollout import Sample
 
 
 @dataclass
@@ -54,37 +55,29 @@ class Objective(base.Objective):
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
         self.reads = ("pair",) if config.regression else ()
-        if config.regression and len(rollout) > 1 and rollout.step is not ode:
-            raise UserError(
-                "objective.regression pairs a noise with what becomes of it, which fresh noise between the steps would "
-                "break: set model.transition=ode, or objective.regression=0"
-            )
+        if config.regression:
+            refuse_fresh_noise(rollout)
 
     def generates(self, step: int) -> bool:
         return step % self.config.ratio == 0
 
-    def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
-        return self.roll(batch, batch.noise, batch.cond, grad)
+    def exit(self, batch: Batch) -> int:
+        """The step whose clean sample is looked at."""
+        return self.config.exits.at(self.rollout, batch.draw, "dmd.exit")
 
-    def roll(self, batch: Batch, noise: Tensor, cond: Condition, grad: bool) -> Sample:
-        """From `noise` (B, *S) to the exit of this step."""
-        exits, net = self.config.exits, self.triad.generator
-        exit = exits.at(self.rollout, batch.draw, "dmd.exit")
-        return self.rollout(net, noise, cond, batch.draw, exit=exit, grad=exits.window * grad)
+    def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
+        window = self.config.exits.window if grad else 0
+        args = (self.triad.generator, batch.noise, batch.cond, batch.draw)
+        return self.rollout(*args, exit=self.exit(batch), grad=window)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd.t", self.config.times)
         loss, logs = matching_loss(self.triad, batch, sample, t, self.config.weight)
         if self.config.regression:
-            logs["regression"] = self.regression_loss(batch)
+            exits, args = self.config.exits, (self.triad.generator, self.rollout, batch)
+            logs["regression"] = paired_loss(*args, self.exit(batch), exits.window, self.config.distance)
             loss = loss + self.config.regression * logs["regression"]
         return loss, logs
-
-    def regression_loss(self, batch: Batch) -> Tensor:
-        """distance(G(z), y) on the stored pairs at the same exit; their noise is independent of the batch's."""
-        pair = batch.pair
-        assert pair is not None
-        return distance(self.roll(batch, pair.noise, pair.cond, grad=True).x0, pair.x0, self.config.distance)
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd.critic_t", self.config.critic_times)

@@ -27,7 +27,9 @@ from fewstep.models.head import Heads
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
 from fewstep.objectives.pieces import gan
+from fewstep.objectives.pieces.distances import Distance
 from fewstep.objectives.pieces.exits import Exits
+from fewstep.objectives.pieces.paired import paired_loss, refuse_fresh_noise
 from fewstep.objectives.pieces.score_gap import (
     Weight,
     denoising_loss,
@@ -60,8 +62,12 @@ class Config:
     """of softplus(-D) in the generator's loss; 0 = no GAN and no data"""
     gan_critic_weight: float = 1e-2
     """of the discriminator in the critic's loss"""
+    regression: float = 0.0
+    """weight of DMD's regression to teacher pairs, which holds on to what is rare; 0 = none, as in the paper"""
     gan_features: Literal["fake", "teacher"] = "fake"
     """whose features the discriminator reads"""
+    distance: Distance = "l2"
+    """of the regression: l2 | l1 | huber"""
     gan_taps: list[str] = field(default_factory=list)
     """blocks that are read; default: the family's middle block"""
 
@@ -72,8 +78,8 @@ class Config:
             raise UserError("objective.critic_on_generator_step=false needs a ratio above 1: the critic never moved")
         if not self.backward_simulation and self.exits != Exits():
             raise UserError("objective.exits is for simulated inputs: set backward_simulation=true, or leave exits out")
-        if self.gan_weight < 0 or self.gan_critic_weight < 0:
-            raise UserError("objective.gan_weight and gan_critic_weight are at least 0")
+        if min(self.gan_weight, self.gan_critic_weight, self.regression) < 0:
+            raise UserError("objective.gan_weight, gan_critic_weight and regression are at least 0")
 
 
 class Objective(base.Objective):
@@ -82,6 +88,9 @@ class Objective(base.Objective):
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
         self.reads = ("x0",) if config.gan_weight or not config.backward_simulation else ()
+        if config.regression:
+            refuse_fresh_noise(rollout)
+            self.reads += ("pair",)
         self.heads: Heads | None = None
         if config.gan_weight:
             self.taps = tuple(config.gan_taps) or (self.watched.tap,)
@@ -136,6 +145,10 @@ class Objective(base.Objective):
         if adversarial is not None:
             logs["gan/generator"] = adversarial
             loss = loss + self.config.gan_weight * adversarial
+        if self.config.regression:
+            window, args = self.config.exits.window, (self.triad.generator, self.rollout, batch)
+            logs["regression"] = paired_loss(*args, sample.index, window, self.config.distance)
+            loss = loss + self.config.regression * logs["regression"]
         return loss, logs
 
     def judge(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:

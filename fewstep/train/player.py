@@ -47,6 +47,12 @@ class PlayerConfig:
             raise UserError(f"betas are two numbers in [0, 1), but {self.betas} was given")
         if not self.clip > 0:
             raise UserError(f"clip is a norm above 0, but {self.clip} was given")
+        if not self.eps > 0 or not self.weight_decay >= 0:
+            raise UserError(
+                f"eps is above 0 and weight_decay at least 0, but {self.eps} and {self.weight_decay} were given"
+            )
+        if self.warmup < 0 or self.decay < 0:
+            raise UserError(f"warmup and decay are numbers of moves, but {self.warmup} and {self.decay} were given")
 
 
 class NonFinite(RuntimeError):

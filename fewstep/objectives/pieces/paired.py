@@ -1,0 +1,28 @@
+"""The regression to a teacher's stored pairs, beside the score gap (DMD, arXiv:2311.18828, section 3.3)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fewstep.core.batch import Batch
+from fewstep.core.errors import UserError
+from fewstep.models.backbone import Backbone
+from fewstep.objectives.pieces.distances import Distance, distance
+from fewstep.rollout import Rollout, ode
+
+
+def paired_loss(net: Backbone, rollout: Rollout, batch: Batch, exit: int, window: int, kind: Distance) -> Tensor:
+    """distance(G(z), y) at step `exit` of the rollout, on pairs (z, y) whose noise is independent of the batch's."""
+    pair = batch.pair
+    assert pair is not None
+    made = rollout(net, pair.noise, pair.cond, batch.draw, exit=exit, grad=window, purpose="paired").x0
+    return distance(made, pair.x0, kind)
+
+
+def refuse_fresh_noise(rollout: Rollout) -> None:
+    """Raises UserError for a rollout whose end is not decided by its noise."""
+    if len(rollout) > 1 and rollout.step is not ode:
+        raise UserError(
+            "objective.regression pairs a noise with what becomes of it, which fresh noise between the steps would "
+            "break: set model.transition=ode, or objective.regression=0"
+        )
