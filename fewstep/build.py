@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,13 @@ def _scheduler(config: Config, loaded: Any | None) -> Any:
 
 def _null_label(config: Config, backbone: DiffusersBackbone, labels: int) -> int | None:
     classes = backbone.family.classes(backbone.net)
-    if classes is None or labels == 0:
+    if classes is None:
         return None
+    if labels == 0:
+        raise UserError(
+            f"this network wants one of {classes} class labels for every image, but data.source has none: put the "
+            "images in sub-folders, one for each label"
+        )
     if classes < labels:
         raise UserError(f"the data has {labels} labels, but the network knows only {classes} classes")
     if config.model.null_label is not None:
@@ -174,7 +180,10 @@ def _shape(teacher: Teacher, config: Config) -> tuple[int, ...]:
 
 def conditions_of(teacher: Teacher, source: Source, resolution: int) -> Conditions:
     """What the networks are told of the samples of `source`."""
-    return Labels(source) if teacher.codec is None else Prompts(teacher.codec, source, (resolution, resolution))
+    if teacher.codec is not None:
+        return Prompts(teacher.codec, source, (resolution, resolution))
+    backbone = teacher.backbone()
+    return Labels(source, heard=backbone.family.classes(backbone.net) is not None)
 
 
 def _check_experts(config: Config, rollout: Rollout) -> None:
@@ -240,6 +249,11 @@ def assemble(config: Config, device: torch.device, source: Source, teacher: Teac
     steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, teacher.shift)
     rollout = Rollout(steps, transition(config.model.transition, config.model.eta))
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
+    if getattr(config.objective, "label_dropout", 0) and conditions.of(torch.arange(1)).inputs and not teacher.guides:
+        raise UserError(
+            'objective.label_dropout trains without a label now and then, but no class of this network means "no '
+            'class": set objective.label_dropout=0, or give the network one class more than there are labels'
+        )
     triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device)
     if device.type != "meta":
         start(config, triad, previous)
@@ -385,12 +399,26 @@ def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
     """
     if "pair" not in run.objective.reads:
         return
-    config = run.config.pairs
+    config, recipe = run.config.pairs, pairs_recipe(run)
     name = f"pairs_{config.count}x{config.steps}_seed{config.seed}.safetensors"
-    file = next((f / name for f in (root, previous) if f is not None and (f / name).exists()), root / name)
-    if not file.exists():
-        pairs.save(file, make_pairs(run))
+    places = [folder / name for folder in (root, previous) if folder is not None]
+    file = next((place for place in places if pairs.recipe_of(place) == recipe), None)
+    if file is None:
+        file = root / name
+        pairs.save(file, make_pairs(run), recipe)
     run.pairs = pairs.load(file, config.seed)
+
+
+@torch.no_grad()
+def pairs_recipe(run: Run) -> str:
+    """Everything that decides what the pairs are, the teacher's weights by two sums over them."""
+    model, data = run.config.model, run.config.data
+    base = [p for name, p in run.teacher.net.named_parameters() if ".lora_" not in name]
+    # Rounded, for sums differ in their last digits between thread counts.
+    sums = (sum(f(p.double()).sum().item() for p in base) for f in (torch.Tensor.abs, torch.Tensor.square))
+    weights = [f"{value:.6e}" for value in sums]
+    settings = {"guidance": model.guidance, "negative_prompt": model.negative_prompt, "shift": run.teacher.shift}
+    return json.dumps({**settings, "weights": weights, **asdict(run.config.pairs), **asdict(data)}, sort_keys=True)
 
 
 def make_pairs(run: Run) -> pairs.Pairs:

@@ -67,8 +67,8 @@ def report(args: argparse.Namespace) -> None:
     from fewstep import report as reporting
     from fewstep.train.rundir import RunDir
 
-    if not Path(args.run).is_dir():
-        raise UserError(f"there is no run folder {args.run}")
+    if not (Path(args.run) / "config.yaml").is_file() and not any(Path(args.run).glob("stage_*/config.yaml")):
+        raise UserError(f"there is no run folder {args.run}: give one that `fewstep train` has made")
     print(f"report: {reporting.write_report(RunDir(Path(args.run)))}")
 
 

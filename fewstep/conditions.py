@@ -26,10 +26,10 @@ class Conditions(Protocol):
 
 
 class Labels:
-    """Class labels; labels 0, 1, .. take turns when they are asked for. Nothing for a source without labels."""
+    """Class labels; labels 0, 1, .. take turns when they are asked for. Nothing for a network that takes no label."""
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, source: Source, heard: bool):
+        self.source, self.heard = source, heard
 
     def of(self, ids: Tensor) -> Condition:
         return self._told(self.source.label_of(ids.cpu()).to(ids.device))
@@ -42,7 +42,7 @@ class Labels:
         return [self.source.labels[row % count] if count else "" for row in rows.tolist()]
 
     def _told(self, labels: Tensor) -> Condition:
-        return Condition({"class_labels": labels}) if self.source.labels else Condition()
+        return Condition({"class_labels": labels}) if self.heard else Condition()
 
 
 class Prompts:

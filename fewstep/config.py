@@ -24,7 +24,6 @@ from fewstep.objectives import base as objectives
 from fewstep.rollout import TransitionName
 from fewstep.train.player import PlayerConfig
 
-
 FEWEST_SAMPLES = 24
 MANY_STEPS = 50
 
@@ -291,6 +290,19 @@ def to_yaml(config: Config) -> str:
     assert isinstance(container, dict)
     container["objective"] = OmegaConf.to_container(objective)
     return OmegaConf.to_yaml(OmegaConf.create(container))
+
+
+def differences(before: str, now: str) -> dict[str, str]:
+    """What two complete configs, as `to_yaml` writes them, do not agree on: key -> "was .., is .."."""
+    old, new = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, now))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return {key: f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys}
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {path: node}
+    return {k: v for name, part in node.items() for k, v in _flat(part, f"{path}.{name}" if path else name).items()}
 
 
 def describe_objectives(name: str | None) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.build import Run
+from fewstep.config import FEWEST_SAMPLES
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
 from fewstep.data.captioned import rows_of
@@ -155,8 +156,12 @@ def reader_of(source: Source) -> Reader:
 
 
 def read_truth(source: Source, count: int) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N,) of `count` real images, which the training never sees where it is endless."""
-    reader, unseen, ids = reader_of(source), source.held_out(), torch.arange(count)
+    """Features (N, D) and labels (N,) of `count` real images that the training never sees.
+
+    A finite source has no such images and no more than it has: they are its own, each once.
+    """
+    reader, unseen = reader_of(source), source.held_out()
+    ids = torch.arange(count if source.size is None else min(count, source.size))
     features = [reader.read(unseen.images(rows))[1] for rows in ids.split(500)]
     return torch.cat(features), unseen.label_of(ids)
 
@@ -173,18 +178,19 @@ def truth_of(source: Source) -> Truth:
             statistics = Statistics(state["mean"], state["covariance"], count)
             return Truth(statistics, state["features"].float(), state["labels"], f"{count} true scenes")
     features, labels = read_truth(source, TRUTH_SAMPLES)
-    return Truth(Statistics.of(features), features, labels, f"{len(features)} true images")
+    which = "true images" if source.size is None else "images of the training set"
+    return Truth(Statistics.of(features), features, labels, f"{len(features)} {which}")
 
 
 def row(name: str, images: Tensor, labels: Tensor, truth: Truth, source: Source) -> dict[str, Any]:
     """Every measure of `images` (N, 3, H, W) made for `labels` (N,). Neighbours compare N with N true images."""
     read, features = reader_of(source).read(images)
     count = len(images)
-    near = neighbours(truth.features[:count], features)
+    near = asdict(neighbours(truth.features[:count], features)) if len(truth.features) >= FEWEST_SAMPLES else {}
     result: dict[str, Any] = {
         "name": name,
         "frechet": frechet_distance(Statistics.of(features), truth.statistics),
-        **asdict(near),
+        **near,
         "diversity": same_label_diversity(features, labels, (truth.features[:2000], truth.labels[:2000])),
         "samples": count,
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,11 +68,21 @@ def make_pairs(
     return Pairs(torch.cat(parts), cond, seed)
 
 
-def save(file: Path, pairs: Pairs) -> None:
-    """Writes x0 and the condition; the noise is a function of the seed and is not stored."""
+def save(file: Path, pairs: Pairs, recipe: str = "") -> None:
+    """Writes x0, the condition and the `recipe` they were made by; the noise is a function of the seed."""
     aside = file.with_suffix(".partial")
-    save_file({"x0": pairs.x0, **{f"cond/{k}": v for k, v in pairs.cond.inputs.items()}}, aside)
+    tensors = {"x0": pairs.x0, **{f"cond/{k}": v for k, v in pairs.cond.inputs.items()}}
+    save_file(tensors, aside, {"recipe": recipe})
     aside.rename(file)
+
+
+def recipe_of(file: Path) -> str | None:
+    """What the pairs in `file` were made by; None for no file, or one that cannot be read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return (opened.metadata() or {}).get("recipe")
+    except (OSError, SafetensorError):
+        return None
 
 
 def load(file: Path, seed: int) -> Pairs:

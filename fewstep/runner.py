@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fewstep import build as building
 from fewstep import measure
 from fewstep.build import Run
-from fewstep.config import Config, to_yaml
+from fewstep.config import Config, differences, to_yaml
 from fewstep.core.errors import UserError
 from fewstep.train import checkpoint, parallel, processes
 from fewstep.train.loop import Logs, train
@@ -126,8 +126,29 @@ class Training:
         return path
 
 
+# What may change when a run is resumed: how long and how it learns, what is looked at; not what is learned.
+_CHANGEABLE = ("steps", "micro_batches", "device", "players.", "evals.", "save.")
+
+
+def check_resumed(config: Config, root: Path) -> None:
+    """Says what has changed since the run in `root` was started. Raises UserError for what must not."""
+    stored = root / "config.yaml"
+    if not stored.is_file():
+        return
+    changed = differences(stored.read_text(), to_yaml(config))
+    if wrong := [said for key, said in changed.items() if not key.startswith(_CHANGEABLE)]:
+        raise UserError(
+            f"the run in {root} was started with other settings ({'; '.join(wrong)}): resume it with its own, or start "
+            "a new run"
+        )
+    if changed and processes.leads():
+        print(f"resumed with changes: {'; '.join(changed.values())}")
+
+
 def play_stage(config: Config, root: Path, previous: Path | None, resume: Path | None) -> Run:
     """Trains one stage in the folder `root`, from the checkpoint `resume` where given."""
+    if resume is not None:
+        check_resumed(config, root)
     run = building.build(config, previous)
     folder = RunDir(root)
     folder.create()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -240,7 +241,7 @@ def _lines(path: Path) -> list[str]:
 
 def _read_text(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UserError(f"the prompts file {path} cannot be read: {reason}") from None
@@ -318,6 +319,8 @@ def _save_individually(images: Tensor, captions: Sequence[str], out: Path) -> Pa
 def main(args: argparse.Namespace) -> None:
     """Samples as the arguments of `add_arguments` say, saves the picture and says how long it took."""
     out = Path(args.out)
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance is a number from 0, 1 for none, but {args.guidance} was given")
     if args.count is not None and args.count < 1:
         raise UserError(f"--count is at least 1, but {args.count} was given")
     out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")

@@ -9,8 +9,9 @@ import diffusers
 import pytest
 import torch
 
-from fewstep import build, config
+from fewstep import build, config, measure
 from fewstep.core.errors import UserError
+from fewstep.data.source import open_source
 from fewstep.models import schedulers
 from fewstep.train.loop import train_step
 
@@ -61,6 +62,16 @@ MISTAKES = {
     "players.generator.ema=1.0": "decay in [0, 1)",
     "objective.ratio=1 objective.critic_on_generator_step=false": "critic never moved",
     "steps": "not an override",
+    "objective=dmd": "write objective.name=dmd",
+    "model=5": "model has keys of its own",
+    "name=../x": "letters, digits",
+    "pairs.count=0": "pairs.count and pairs.steps are at least 1",
+    "evals.samples=3": "0 for no table, or at least 24",
+    "evals.every=-1": "0 for never",
+    "model.guidance=nan": "a number from 0",
+    "model.guidance=-3": "a number from 0",
+    "players.generator.eps=-1": "eps is above 0",
+    "players.generator.warmup=-1": "numbers of moves",
 }
 
 
@@ -109,6 +120,8 @@ BUILD_MISTAKES = {
     "model.null_label=40": "from 0 to 12",
     "model.experts=3": "number of phases",
     "objective.name=consistency": "players.fake_score",
+    "objective.gan_taps=[nope]": "objective.gan_taps: ",
+    "objective.gan_taps=[time_embedding]": "time_embedding does not look at the image",
 }
 
 
@@ -169,3 +182,47 @@ def test_an_epoch_visits_every_image_once(tmp_path: Path) -> None:
     first, second = (source.images(torch.arange(7) + 7 * epoch)[:, 0, 0, 0] for epoch in range(2))
     assert torch.equal(first.sort().values, second.sort().values)
     assert not torch.equal(first, second)
+
+
+def folder_of_images(root: Path, *names: str) -> Path:
+    from PIL import Image
+
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (len(name) * 9 % 256, 90, 30)).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize("objective", ["dmd2", "diffusion"])
+def test_a_network_without_labels_is_told_none(objective: str, tiny_sizes: dict, tmp_path: Path) -> None:
+    """An unconditional network on data with labels takes its steps."""
+    net = diffusers.UNet2DModel(**{**tiny_sizes, "num_class_embeds": None})
+    diffusers.ConsistencyModelPipeline(unet=net, scheduler=schedulers.flow_scheduler()).save_pretrained(tmp_path)
+    given = [f"model.teacher={tmp_path}", f"objective.name={objective}", "batch=2", "model.steps=1"]
+    file = tmp_path / "one.yaml"
+    players = "generator: {lr: 1.0e-4}" + (", fake_score: {lr: 1.0e-4}" if objective == "dmd2" else "")
+    file.write_text(f"name: one\nobjective: {{name: {objective}}}\nplayers: {{{players}}}\n")
+    run = build.build(config.load(file, given)[0])
+    assert run.conditions.of(torch.arange(3)).inputs == {}
+    train_step(run.objective, build.batches(run)(0), 0, run.players)
+
+
+def test_a_network_that_wants_labels_needs_them(tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path, "a.png", "b.png")
+    given = [f"model.teacher={tiny_teacher}", f"data.source={folder}"]
+    with pytest.raises(UserError, match="put the images in sub-folders"):
+        build.build(config.load("configs/scenes/dmd2.yaml", given)[0])
+
+
+def test_dropping_labels_needs_a_class_for_none(tiny_sizes: dict, tmp_path: Path) -> None:
+    net = diffusers.UNet2DModel(**{**tiny_sizes, "num_class_embeds": 12})
+    diffusers.ConsistencyModelPipeline(unet=net, scheduler=schedulers.flow_scheduler()).save_pretrained(tmp_path / "t")
+    (tmp_path / "one.yaml").write_text("name: one\nobjective: {name: diffusion}\nplayers: {generator: {lr: 1.0e-4}}\n")
+    with pytest.raises(UserError, match=r"label_dropout=0"):
+        build.build(config.load(tmp_path / "one.yaml", [f"model.teacher={tmp_path / 't'}"])[0])
+
+
+def test_a_folder_of_images_is_measured_once_each(tmp_path: Path) -> None:
+    source = open_source(str(folder_of_images(tmp_path, *(f"x/{i}.png" for i in range(30)))), 16, 0)
+    truth = measure.truth_of(source)
+    assert truth.features.shape[0] == 30 and truth.protocol == "30 images of the training set"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import cli
+from fewstep import build, cli, config
 from fewstep.train import checkpoint
 
 SMALL = ["batch=4", "steps=4", "save.every=2", "evals.every=0", "evals.samples=0", "pairs.count=8", "pairs.steps=2"]
@@ -55,3 +55,31 @@ def test_a_finished_stage_is_not_played_again(
     assert again["step"] == 4
     gone = checkpoint.sha256(tmp_path / "gone" / "state.safetensors")
     assert checkpoint.sha256(run / "stage_2" / "checkpoints" / "0000004" / "state.safetensors") == gone
+
+
+def test_pairs_of_another_teacher_or_guidance_are_made_again(tiny_teacher: Path, tmp_path: Path) -> None:
+    def made(*more: str) -> bytes:
+        given = [*SMALL, f"model.teacher={tiny_teacher}", *more]
+        run = build.build(config.load("configs/scenes/dmd.yaml", given)[0])
+        build.prepare(run, tmp_path)
+        return (tmp_path / "pairs_8x2_seed7.safetensors").read_bytes()
+
+    first = made()
+    stamp = (tmp_path / "pairs_8x2_seed7.safetensors").stat().st_mtime_ns
+    assert made("players.generator.lr=1") == first
+    assert (tmp_path / "pairs_8x2_seed7.safetensors").stat().st_mtime_ns == stamp
+    assert made("model.guidance=3") != first
+
+
+def test_a_resumed_run_keeps_what_it_learns(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lengths and rates may change and are said; the seed or the guidance may not."""
+    run = play("dmd2", tiny_teacher, tmp_path)
+    given = ["configs/scenes/dmd2.yaml", *SMALL, f"model.teacher={tiny_teacher}", "--resume", str(run)]
+    assert cli.main(["train", *given, "model.guidance=3", "seed=9"]) == 2
+    said = capsys.readouterr().err
+    assert "model.guidance was 1.0, is 3.0" in said and "seed was 0, is 9" in said
+    assert "guidance: 1.0" in (run / "config.yaml").read_text()
+    assert cli.main(["train", *given, "steps=6", "players.generator.lr=1e-5"]) == 0
+    assert "resumed with changes: steps was 4, is 6" in capsys.readouterr().out

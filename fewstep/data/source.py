@@ -25,6 +25,8 @@ class Source(ABC):
 
     resolution: int
     labels: tuple[str, ...]
+    size: int | None = None
+    """how many images there are, None for a world without end"""
 
     @abstractmethod
     def label_of(self, ids: Tensor) -> Tensor:
@@ -121,12 +123,13 @@ class FolderSource(Source):
             )
             raise UserError(f"the image folder {folder} is of no use: {found}")
         self._images, self._labels = torch.stack(kept), torch.tensor(labels)
+        self.size = len(kept)
 
     def _caption(self, file: Path) -> str:
         """The text beside an image, "" where there is none or it is no UTF-8."""
         text = file.with_suffix(".txt")
         try:
-            return " ".join(text.read_text(encoding="utf-8").split()) if text.is_file() else ""
+            return " ".join(text.read_text(encoding="utf-8-sig").split()) if text.is_file() else ""
         except (OSError, UnicodeDecodeError):
             self.skipped.append(text)
             return ""
@@ -166,7 +169,7 @@ class PromptSource(Source):
     def __init__(self, file: str | Path, resolution: int, seed: int):
         self.file, self.resolution, self.seed = Path(file), resolution, seed
         try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
+            lines = self.file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
             raise UserError(f"the prompts of data.source={file} cannot be read: {reason}") from None

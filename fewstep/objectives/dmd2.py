@@ -102,10 +102,17 @@ class Objective(base.Objective):
 
     def attach(self, x: Tensor, cond: Condition) -> None:
         """Makes the heads that fit the features of inputs such as x (B, *S)."""
-        if self.config.gan_weight:
-            with torch.no_grad():
-                prediction = self.watched(x, x.new_full((len(x),), 0.5), cond, taps=self.taps, stop=True)
-            self.heads = Heads(dict(prediction.features))
+        if not self.config.gan_weight:
+            return
+        x = x.clone().requires_grad_()
+        try:
+            with frozen(self.watched):
+                features = self.watched(x, x.new_full((len(x),), 0.5), cond, taps=self.taps, stop=True).features
+        except ValueError as error:
+            raise UserError(f"objective.gan_taps: {error}") from None
+        if deaf := [name for name, feature in features.items() if not feature.requires_grad]:
+            raise UserError(f"objective.gan_taps: the block {deaf[0]} does not look at the image: choose another")
+        self.heads = Heads({name: feature.detach() for name, feature in features.items()})
 
     def learns(self):
         return {"fake_score": [self.heads]} if self.heads is not None else {}

@@ -62,7 +62,8 @@ def restore(state: dict[str, Tensor], players: Mapping[str, Player], extra: nn.M
                     own = {k: parallel.like(v, parameter).to(parameter.device) for k, v in moments.items()}
                     player.optimizer.state[parameter] = own
     except (RuntimeError, ValueError) as error:
-        raise Damaged(f"the checkpoint does not fit the configured networks: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines()[:2][-1].strip()
+        raise Damaged(f"the checkpoint does not fit the configured networks: {said}") from None
     if left:
         raise Damaged(f"the checkpoint holds {len(left)} tensors this run has no place for, such as {min(left)}")
 
