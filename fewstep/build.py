@@ -162,9 +162,12 @@ def _codec(config: Config, backbone: DiffusersBackbone) -> Codec | None:
     """The text encoders and the VAE of a network that reads prompts. Raises UserError where they are not at hand."""
     if not backbone.family.prompts:
         return None
-    if config.model.teacher is None:
-        raise UserError("a network that reads prompts comes with its pipeline: set model.teacher to that folder")
-    return open_codec(str(config.model.teacher), config.model.revision)
+    teacher = config.model.teacher
+    if teacher is None or (loading.locate(teacher) / "config.json").is_file():
+        raise UserError(
+            "a network that reads prompts comes with its text encoders: set model.teacher to the folder of its pipeline"
+        )
+    return open_codec(teacher, config.model.revision)
 
 
 def _shape(teacher: Teacher, config: Config) -> tuple[int, ...]:

@@ -58,9 +58,10 @@ class Prompted:
             self.tag = "text-to-video"
 
     def pipeline(self, net: nn.Module, scheduler: Any, cast: Callable[[nn.Module], nn.Module]) -> Any:
-        around = {name: cast(part) for name, part in self.teacher.components.items() if isinstance(part, nn.Module)}
+        parts, denoiser = self.teacher.components, part_of(self.teacher)
+        around = {k: cast(part) for k, part in parts.items() if isinstance(part, nn.Module) and k != denoiser}
         return type(self.teacher).from_pipe(
-            self.teacher, torch_dtype=None, **{**around, part_of(self.teacher): net, "scheduler": scheduler}
+            self.teacher, torch_dtype=None, **{**around, denoiser: net, "scheduler": scheduler}
         )
 
     def walk(self, pipeline: Any, steps: int) -> Tensor:

@@ -289,7 +289,8 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageF
 
 
 def picture(image: Tensor) -> Image.Image:
-    """One image (C, H, W) in [-1, 1], C = 1 or 3."""
+    """One image (C, H, W) in [-1, 1], C = 1 or 3; of a video (C, T, H, W) its middle frame."""
+    image = image if image.ndim == 3 else image[:, image.shape[1] // 2]
     values = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
     return Image.fromarray(values.permute(1, 2, 0).squeeze(-1).numpy())
 

@@ -19,8 +19,10 @@ def save_grid(
 ) -> None:
     """Write images (N,3,H,W) in [-1,1] to a PNG with `columns` a row, each pixel `scale` wide.
 
+    Of videos (N,3,T,H,W) the middle frames are shown.
     `row_labels`, one for each row, are written to the left. ValueError when their number is wrong.
     """
+    images = images if images.ndim == 4 else images[:, :, images.shape[2] // 2]
     rows = -(-len(images) // columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"{rows} rows need {rows} labels, not {len(row_labels)}.")

@@ -1,0 +1,154 @@
+"""Networks that read prompts, from a config to plain diffusers: trained, sampled, exported as their own pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from PIL import Image
+
+from fewstep import build, cli, config, export, measure
+from fewstep.core.errors import UserError
+from fewstep.models.codec import codec_of
+from fewstep.rollout import Rollout
+
+CONFIG = """
+name: prompted
+steps: 2
+batch: 2
+model: {steps: 2, guidance: 3.0}
+objective: {name: dmd2, ratio: 1, gan_weight: 0.0}
+players: {generator: {lr: 1.0e-3}, fake_score: {lr: 1.0e-3}}
+data: {resolution: 16}
+evals: {every: 2, samples: 0}
+save: {every: 2}
+"""
+SIZES = {"sd15": [], "sd21": [], "sdxl": [], "sd3": [], "wan": ["data.frames=5"]}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text("a disc\n\n two rings\na red one\n")
+    return tmp_path / "prompts.txt"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "one.yaml").write_text(CONFIG)
+    return tmp_path / "one.yaml"
+
+
+def teacher(family: str, where: Path) -> Path:
+    tiny_pipelines.make(family).save_pretrained(where / family)
+    return where / family
+
+
+def play(file: Path, out: Path, *overrides: str) -> Path:
+    assert cli.main(["train", str(file), *overrides, f"--out={out}"]) == 0
+    return next(out.iterdir())
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_run_ends_in_the_familys_own_pipeline(family: str, file: Path, prompts: Path, tmp_path: Path) -> None:
+    """Latents of the exported folder, asked by plain diffusers, equal our sampler's to 1e-4 of the largest."""
+    overrides = [f"model.teacher={teacher(family, tmp_path)}", f"data.source={prompts}", *SIZES[family]]
+    folder = play(file, tmp_path / "runs", *overrides)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    run = export.load_run(folder)
+    size = {"height": 16, "width": 16, **({"num_frames": 5} if family == "wan" else {})}
+    noise = torch.Generator().manual_seed(3)
+    theirs = pipeline(
+        "a disc",
+        **size,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        generator=noise,
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    start = torch.randn(1, *run.shape, generator=torch.Generator().manual_seed(3))
+    told = codec_of(pipeline).encode_prompts(["a disc"], size=(16, 16))
+    net, rollout = measure.student(run)
+    with torch.no_grad():
+        ours = rollout(net, start, told, None).x0  # type: ignore[arg-type]
+    assert isinstance(rollout, Rollout) and (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+
+
+def test_prompts_are_sampled_from_the_run_and_from_its_export(file: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = play(file, tmp_path / "runs", f"model.teacher={teacher('sd15', tmp_path)}", f"data.source={prompts}")
+    pictures = []
+    for where in (folder, folder / "export"):
+        out = tmp_path / "x.png"
+        given = ["sample", str(where), "--prompt", "a disc", "--prompt", "two rings", "--count", "4", f"--out={out}"]
+        assert cli.main([*given, "--steps", "2"]) == 0
+        pictures.append(np.asarray(Image.open(out)).astype(int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "give --prompt"),
+        (["--labels", "red disc"], "reads prompts"),
+        (["--prompt", "a very long sentence about a disc"], "tokens, but this model reads"),
+        (["--prompts-file", "/nowhere.txt"], "cannot be read"),
+    ],
+)
+def test_what_a_prompted_model_cannot_be_asked(
+    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = teacher("sd15", tmp_path)
+    assert cli.main(["sample", str(folder), *more, f"--out={tmp_path / 'x.png'}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_gan_and_lora_on_captioned_images(file: Path, tmp_path: Path) -> None:
+    """Images with text files beside them; the roles are adapters, and the discriminator reads latents' features."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 16), (60 * i, 90, 30)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"disc {i}")
+    given = [f"model.teacher={teacher('sd15', tmp_path)}", f"data.source={images}", "objective.gan_weight=0.01"]
+    lora = [f"players.{role}.lora.rank=2" for role in ("generator", "fake_score")]
+    folder = play(file, tmp_path / "runs", *given, *lora)
+    run = build.build(config.load(file, given)[0])
+    assert run.source.captions(torch.arange(4)) != [""] * 4
+    x0 = run.encode(run.source.images(torch.arange(2)))
+    assert x0.shape == (2, *run.shape) == (2, 4, 8, 8) and run.decode(x0).shape == (2, 3, 16, 16)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "export" / "unet")
+    assert not any("lora" in name for name in unet.state_dict())
+
+
+def test_prompts_alone_are_no_images(file: Path, prompts: Path, tmp_path: Path) -> None:
+    given = [f"model.teacher={teacher('sd15', tmp_path)}", f"data.source={prompts}", "objective.gan_weight=0.01"]
+    run = build.build(config.load(file, given)[0])
+    with pytest.raises(UserError, match="holds prompts alone"):
+        build.batches(run)(0)
+
+
+def test_each_prompt_is_encoded_once_and_each_epoch_has_all(file: Path, prompts: Path, tmp_path: Path) -> None:
+    given = [f"model.teacher={teacher('sd15', tmp_path)}", f"data.source={prompts}"]
+    run = build.build(config.load(file, given)[0])
+    seen = run.source.captions(torch.arange(9))
+    assert all(sorted(seen[i : i + 3]) == ["a disc", "a red one", "two rings"] for i in (0, 3, 6))
+    asked: list[str] = []
+    codec = run.teacher.codec
+    assert codec is not None
+    encode = codec.encode_prompts
+    codec.encode_prompts = lambda new, **more: asked.extend(new) or encode(new, **more)  # type: ignore[method-assign]
+    first, again = (run.conditions.of(torch.arange(9)).inputs for _ in range(2))
+    assert len(asked) <= 3 and all(torch.equal(first[name], again[name]) for name in first)
+    assert torch.equal(first["encoder_hidden_states"][0], encode([seen[0]]).inputs["encoder_hidden_states"][0])
+
+
+def test_a_denoiser_without_its_pipeline_is_refused(file: Path, tmp_path: Path) -> None:
+    folder = teacher("sd15", tmp_path) / "unet"
+    given = [f"model.teacher={folder}", "model.process.name=vp", "model.prediction=epsilon"]
+    with pytest.raises(UserError, match="pipeline"):
+        build.build(config.load(file, given)[0])
