@@ -26,7 +26,7 @@ from fewstep.evals.captions import caption_accuracy
 from fewstep.evals.reader import Reader, load_reader
 
 RESOLUTION = 32
-LAYERS = ((24, 1), (48, 2), (64, 1), (96, 2), (96, 1))
+LAYERS = ((32, 2), (64, 1), (96, 2), (96, 1))
 BATCH = 128
 RATE = 3e-3
 NOISE = 0.15
