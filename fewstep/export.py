@@ -39,7 +39,7 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     """
     backbone, scheduler = exportable(run), _scheduler(run)
     route, net = route_of(run, backbone.net), stock(backbone.net, dtype)
-    if net.config.sample_size is None:
+    if net.config.get("sample_size", 0) is None:
         net.register_to_config(sample_size=run.shape[-1])
     folder = Path(folder).absolute()
     aside = folder.with_name(f".{folder.name}.partial")
