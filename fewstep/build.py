@@ -421,7 +421,8 @@ def pairs_recipe(run: Run) -> str:
     sums = (sum(f(p.double()).sum().item() for p in base) for f in (torch.Tensor.abs, torch.Tensor.square))
     weights = [f"{value:.6e}" for value in sums]
     settings = {"guidance": model.guidance, "negative_prompt": model.negative_prompt, "shift": run.teacher.shift}
-    return json.dumps({**settings, "weights": weights, **asdict(run.config.pairs), **asdict(data)}, sort_keys=True)
+    made = {**settings, "weights": weights, "pairs": asdict(run.config.pairs), "data": asdict(data)}
+    return json.dumps(made, sort_keys=True)
 
 
 def make_pairs(run: Run) -> pairs.Pairs:
