@@ -80,7 +80,12 @@ def store_row(folder: Path, samples: list[int], guidance: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("teachers", nargs="*", default=sorted(Path("assets/teachers").glob("scenes-*")), type=Path)
+    parser.add_argument(
+        "teachers",
+        nargs="*",
+        default=sorted(p.parent for p in Path("assets/teachers").glob("scenes-*/model_index.json")),
+        type=Path,
+    )
     parser.add_argument("--samples", nargs="+", type=int, default=[2000, 10_000])
     parser.add_argument("--guidance", type=float, default=1.0)
     args = parser.parse_args()

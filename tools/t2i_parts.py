@@ -59,6 +59,7 @@ def new_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # without effect on trailing timesteps, but the pipeline warns of any other value
     )
 
 
@@ -80,6 +81,9 @@ def assemble(parts: Path) -> StableDiffusionPipeline:
 def write(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Half precision on disk; float32 is what an unasked `from_pretrained` gives back."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    # transformers, unlike diffusers, would otherwise open the text encoder in the precision it was stored in
+    text = folder / "text_encoder" / "config.json"
+    text.write_text(json.dumps(json.loads(text.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def check(folder: Path) -> dict[str, object]:
