@@ -151,10 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, choices=(1, 4), default=[1, 4])
     args = parser.parse_args()
     wanted = [
-        (objective, teacher, steps)
-        for steps in args.steps
-        for teacher in args.teachers
-        for objective in args.only
+        (objective, teacher, steps) for steps in args.steps for teacher in args.teachers for objective in args.only
     ]
     for objective, teacher, steps in wanted:
         if any((r["objective"], r["teacher"], r["steps"]) == (objective, teacher, steps) for r in load()["rows"]):
