@@ -96,7 +96,7 @@ class SameNoise:
 @torch.no_grad()
 def _check(run: Run, backbone: DiffusersBackbone, net: nn.Module, route: Route, folder: Path) -> None:
     """Re-opens `folder` and walks it beside the run's rollout. Raises OSError or UserError if they differ."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     opened, meant = getattr(pipeline, part_of(pipeline)).eval(), net.state_dict()
     if any(not torch.equal(value, meant[name].to(value.dtype)) for name, value in opened.state_dict().items()):
