@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fewstep import pairs
+from fewstep import latents, pairs
 from fewstep.conditions import Conditions, Labels, Prompts
 from fewstep.config import Config
 from fewstep.core.batch import Batch, Condition
@@ -72,6 +72,7 @@ class Run:
     shape: tuple[int, ...]
     conditions: Conditions
     pairs: pairs.Pairs | None = None
+    latents: latents.Latents | None = None
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] as what the networks work on."""
@@ -181,6 +182,18 @@ def _shape(teacher: Teacher, config: Config) -> tuple[int, ...]:
     return channels, resolution, resolution
 
 
+def _check_cache(config: Config, teacher: Teacher, source: Source) -> None:
+    """Raises UserError where there are no latents to keep, or some images would never be seen."""
+    count = config.data.cache
+    if count and teacher.codec is None:
+        raise UserError(f"data.cache={count} keeps latents, but this network works on pixels: set data.cache=0")
+    if count and source.size not in (None, count):
+        raise UserError(
+            f"data.cache is 0 or the number of images that {config.data.source} has, {source.size}, "
+            f"but {count} was given"
+        )
+
+
 def conditions_of(teacher: Teacher, source: Source, resolution: int) -> Conditions:
     """What the networks are told of the samples of `source`."""
     if teacher.codec is not None:
@@ -246,6 +259,7 @@ def build(config: Config, previous: Path | None = None) -> Run:
 
 def assemble(config: Config, device: torch.device, source: Source, teacher: Teacher, previous: Path | None) -> Run:
     """The run around a teacher that has been loaded, or only shaped on the meta device."""
+    _check_cache(config, teacher, source)
     shape = _shape(teacher, config)
     conditions = conditions_of(teacher, source, config.data.resolution)
     scheduler = exportable(config, teacher)
@@ -384,45 +398,79 @@ def batches(run: Run) -> Callable[[int], list[Batch]]:
         draw = Draw(config.seed, step, ids)
         # The rows of a group share one condition: that of the group's first sample.
         heads = ids - ids % run.objective.group
+        if run.latents is not None:
+            heads = run.latents.visited(heads)
         return Batch(
             noise=draw.normal("noise", run.shape),
             cond=run.conditions.of(heads),
             draw=draw,
-            x0=run.encode(run.source.images(heads.cpu())) if "x0" in reads else None,
+            x0=clean(heads) if "x0" in reads else None,
             pair=run.pairs.of(draw).to(run.device) if run.pairs is not None else None,
         )
+
+    def clean(rows: torch.Tensor) -> torch.Tensor:
+        return run.encode(run.source.images(rows.cpu())) if run.latents is None else run.latents.of(rows)
 
     return at
 
 
 def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
-    """Makes what must be there before the first step: the teacher's pairs, for objectives that read them.
+    """Makes what must be there before the first step: the teacher's pairs and the latents, where they are read.
 
     They are kept in the run folder `root`; those of the stage before are used again where they are the same.
     """
-    if "pair" not in run.objective.reads:
-        return
-    config, recipe = run.config.pairs, pairs_recipe(run)
-    name = f"pairs_{config.count}x{config.steps}_seed{config.seed}.safetensors"
-    places = [folder / name for folder in (root, previous) if folder is not None]
-    file = next((place for place in places if pairs.recipe_of(place) == recipe), None)
-    if file is None:
-        file = root / name
-        pairs.save(file, make_pairs(run), recipe)
-    run.pairs = pairs.load(file, config.seed)
+    config, data = run.config.pairs, run.config.data
+    places = [folder for folder in (root, previous) if folder is not None]
+    if "pair" in run.objective.reads:
+        name = f"pairs_{config.count}x{config.steps}_seed{config.seed}.safetensors"
+        made_pairs = _made(places, name, pairs_recipe(run), lambda to, how: pairs.save(to, make_pairs(run), how))
+        run.pairs = pairs.load(made_pairs, config.seed)
+    if data.cache and "x0" in run.objective.reads:
+        name = f"latents_{data.cache}_seed{data.seed}.safetensors"
+        made_latents = _made(
+            places, name, latents_recipe(run), lambda to, how: latents.save(to, make_latents(run), how)
+        )
+        run.latents = latents.load(made_latents, run.config.seed)
+
+
+def _made(places: list[Path], name: str, recipe: str, make: Callable[[Path, str], None]) -> Path:
+    """The file of this `recipe` in one of the folders `places`; it is made in the first where there is none."""
+    for place in places:
+        if pairs.recipe_of(place / name) == recipe:
+            return place / name
+    make(places[0] / name, recipe)
+    return places[0] / name
+
+
+def pairs_recipe(run: Run) -> str:
+    """Everything that decides what the pairs are."""
+    model, data = run.config.model, run.config.data
+    base = [p for name, p in run.teacher.net.named_parameters() if ".lora_" not in name]
+    settings = {"guidance": model.guidance, "negative_prompt": model.negative_prompt, "shift": run.teacher.shift}
+    made = {**settings, "weights": _sums(base), "pairs": asdict(run.config.pairs), "data": asdict(data)}
+    return json.dumps(made, sort_keys=True)
+
+
+def latents_recipe(run: Run) -> str:
+    """Everything that decides what the latents are."""
+    assert run.teacher.codec is not None
+    made = {"weights": _sums(run.teacher.codec.pipeline.vae.parameters()), "data": asdict(run.config.data)}
+    return json.dumps(made, sort_keys=True)
 
 
 @torch.no_grad()
-def pairs_recipe(run: Run) -> str:
-    """Everything that decides what the pairs are, the teacher's weights by two sums over them."""
-    model, data = run.config.model, run.config.data
-    base = [p for name, p in run.teacher.net.named_parameters() if ".lora_" not in name]
-    # Rounded, for sums differ in their last digits between thread counts.
-    sums = (sum(f(p.double()).sum().item() for p in base) for f in (torch.Tensor.abs, torch.Tensor.square))
-    weights = [f"{value:.6e}" for value in sums]
-    settings = {"guidance": model.guidance, "negative_prompt": model.negative_prompt, "shift": run.teacher.shift}
-    made = {**settings, "weights": weights, "pairs": asdict(run.config.pairs), "data": asdict(data)}
-    return json.dumps(made, sort_keys=True)
+def _sums(weights: Iterable[torch.Tensor]) -> list[str]:
+    """Two sums over weights, rounded, for their last digits differ between thread counts."""
+    kept = list(weights)
+    sums = (sum(f(p.double()).sum().item() for p in kept) for f in (torch.Tensor.abs, torch.Tensor.square))
+    return [f"{value:.6e}" for value in sums]
+
+
+def make_latents(run: Run) -> latents.Latents:
+    """The latents of the first `data.cache` samples, or of the whole folder."""
+    count = run.config.data.cache
+    with tqdm(total=count, unit="image", desc="latents", dynamic_ncols=True) as bar:
+        return latents.make(run.encode, run.source.images, count, run.config.seed, progress=bar.update)
 
 
 def make_pairs(run: Run) -> pairs.Pairs:

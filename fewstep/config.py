@@ -93,6 +93,12 @@ class DataConfig:
     """of a video model: a multiple of its time compression, and one"""
     seed: int = 1
     """seed of the scenes"""
+    cache: int = 0
+    """images encoded once, before training, and then visited again and again; 0 encodes new ones at every step"""
+
+    def __post_init__(self) -> None:
+        if self.cache < 0:
+            raise UserError(f"data.cache is a number of images, 0 for none, but {self.cache} was given")
 
 
 @dataclass

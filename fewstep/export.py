@@ -22,7 +22,7 @@ from fewstep.core.errors import UserError
 from fewstep.models import schedulers
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import locate
-from fewstep.routes import Pixels, Route, exportable, part_of, route_of, stock
+from fewstep.routes import Pixels, Route, exportable, open_as_float32, part_of, route_of, stock
 from fewstep.train import checkpoint
 
 CARD = "README.md"
@@ -48,6 +48,7 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
         shutil.rmtree(aside, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         route.pipeline(net, scheduler, partial(stock, dtype=dtype)).save_pretrained(aside)
+        open_as_float32(aside)
         _check(run, backbone, net, route, aside)
         (aside / CARD).write_text(card(run, dtype, route.tag, licence))
         _replace(aside, folder)

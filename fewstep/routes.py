@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -60,9 +62,9 @@ class Prompted:
     def pipeline(self, net: nn.Module, scheduler: Any, cast: Callable[[nn.Module], nn.Module]) -> Any:
         parts, denoiser = self.teacher.components, part_of(self.teacher)
         around = {k: cast(part) for k, part in parts.items() if isinstance(part, nn.Module) and k != denoiser}
-        return type(self.teacher).from_pipe(
-            self.teacher, torch_dtype=None, **{**around, denoiser: net, "scheduler": scheduler}
-        )
+        parts = {**around, denoiser: net, "scheduler": scheduler}
+        # Unasked, `from_pipe` turns every part into float32.
+        return type(self.teacher).from_pipe(self.teacher, dtype=next(net.parameters()).dtype, **parts)
 
     def walk(self, pipeline: Any, steps: int) -> Tensor:
         """What the pipeline makes of an empty prompt and the noise of seed 0: latents (1, *S)."""
@@ -122,6 +124,19 @@ def route_of(run: Run, net: nn.Module) -> Route:
             "use a UNet2DModel to export, or sample with fewstep"
         )
     return Pixels()
+
+
+def open_as_float32(folder: Path) -> None:
+    """Makes an unasked `from_pretrained` of the pipeline in `folder` give float32, whatever precision it is stored in.
+
+    diffusers does so for its own networks; transformers opens a text encoder in the precision that its config names,
+    and the pipeline would then mix two.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, node in index.items():
+        file = folder / name / "config.json"
+        if isinstance(node, list) and node[0] == "transformers" and file.is_file():
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def stock(net: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -64,7 +64,7 @@ def _network(kind: Any, folder: str, weights: bool, **where: Any) -> nn.Module:
     """A float32 network with exactly the tensors of its safetensors file; pickles are never opened."""
     if not weights:
         return pretrained(kind, folder, weights=False, **where)
-    where = {**where, "torch_dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    where = {**where, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     net, found = pretrained(kind, folder, **where)
     if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
         raise UserError(

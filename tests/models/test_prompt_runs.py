@@ -10,6 +10,7 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fewstep import build, cli, config, export, measure
 from fewstep.core.errors import UserError
@@ -152,3 +153,23 @@ def test_a_denoiser_without_its_pipeline_is_refused(file: Path, tmp_path: Path) 
     given = [f"model.teacher={folder}", "model.process.name=vp", "model.prediction=epsilon"]
     with pytest.raises(UserError, match="pipeline"):
         build.build(config.load(file, given)[0])
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_half_precision_is_half_the_size_and_opens_unasked(
+    family: str, file: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Every part is stored in halves, and a plain `from_pretrained` draws from them in float32."""
+    overrides = [f"model.teacher={teacher(family, tmp_path)}", f"data.source={prompts}", *SIZES[family]]
+    folder = play(file, tmp_path / "runs", *overrides, "save.export=false")
+    halves = export.export(export.load_run(folder), tmp_path / "halves", torch.float16)
+    for stored in halves.glob("*/*.safetensors"):
+        kinds = {tensor.dtype for tensor in load_file(stored).values() if tensor.is_floating_point()}
+        assert kinds == {torch.float16}, stored.parent.name
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(halves)
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16, **({"num_frames": 5} if family == "wan" else {})}
+    made = pipeline(
+        "a disc", **size, num_inference_steps=2, guidance_scale=1.0, output_type="latent", return_dict=False
+    )
+    assert made[0].dtype == torch.float32 and made[0].isfinite().all()
