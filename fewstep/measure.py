@@ -19,7 +19,7 @@ from fewstep.build import Run
 from fewstep.config import FEWEST_SAMPLES
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
-from fewstep.data.captioned import rows_of
+from fewstep.data.captioned import attributes_of, rows_of
 from fewstep.data.scenes import ATTRIBUTES, LABELS, law
 from fewstep.data.source import HELD_OUT, CaptionedSource, SceneSource, Source
 from fewstep.evals.attributes import label_accuracy, law_distance, rare_kept
@@ -40,6 +40,7 @@ GRID_SEED = 20_000
 SAMPLE_SEED = 30_000
 TRUTH_SAMPLES = 10_000
 TEACHER_STEPS = 50
+PROMPTS, EACH, TRUE_EACH = 50, 8, 40
 COLUMNS = (
     "frechet",
     "precision",
@@ -53,6 +54,7 @@ COLUMNS = (
     "law_distance",
     "rare_kept",
     "diversity",
+    "prompt_diversity",
     "passes",
     "images_per_second",
     "samples",
@@ -214,7 +216,7 @@ def measure(name: str, run: Run, net: Backbone, rollout: Rollout, truth: Truth, 
     guided = isinstance(net, Guided) and net.scale != 1
     measured = row(name, images, labels, truth, run.source)
     if isinstance(run.source, CaptionedSource):
-        measured |= _captions(run, images)
+        measured |= _captions(run, images) | {"prompt_diversity": prompt_diversity(run, net, rollout, run.source)}
     return measured | {"passes": len(rollout) * (2 if guided else 1), "images_per_second": round(count / seconds, 2)}
 
 
@@ -223,6 +225,19 @@ def _captions(run: Run, images: Tensor) -> dict[str, float]:
     said = rows_of(run.conditions.names(torch.arange(len(images))))
     right = caption_accuracy(reader_of(run.source), images, said)
     return {"caption_accuracy": right.all, "one_object": right.one, "two_objects": right.two}
+
+
+def prompt_diversity(run: Run, net: Backbone, rollout: Rollout, source: CaptionedSource) -> float:
+    """How much images of one prompt differ, as a share of how much true scenes of it do: the mean over prompts."""
+    prompts = torch.arange(PROMPTS).repeat_interleave(EACH)
+    asked = lambda rows: run.conditions.asked(prompts.to(rows.device)[rows])
+    images = generate(net, rollout, asked, len(prompts), run.shape, SAMPLE_SEED, decode=run.decode)
+    others = torch.arange(PROMPTS).repeat_interleave(TRUE_EACH)
+    said = torch.tensor([attributes_of(caption) for caption in run.conditions.names(others)])
+    scenes, ids = source.held_out().scenes, torch.arange(len(others))
+    true = scenes.of_attributes(ids, scenes.given(ids, said))
+    own, real = (reader_of(source).read(pictures)[1] for pictures in (images, true))
+    return same_label_diversity(own, prompts, (real, others))
 
 
 def stored_row(run: Run, count: int) -> dict[str, Any] | None:

@@ -50,6 +50,7 @@ MEASURES = {
     "law_distance": Measure("law distance", "lower", "distance from the true law of the other attributes"),
     "rare_kept": Measure("rare kept", "higher", "rare attributes and pairs that are still generated"),
     "diversity": Measure("diversity", "near 1", "spread within one label; true images have 1"),
+    "prompt_diversity": Measure("prompt diversity", "near 1", "spread within one prompt; true images of it have 1"),
     "passes": Measure("network passes", "lower", "for one image, both halves of guidance counted", ".0f"),
     "images_per_second": Measure("images / s", "higher", "on the hardware of this run", ".1f"),
     "samples": Measure("samples", "", "images that were measured", ".0f"),

@@ -145,6 +145,11 @@ def _columns(row: Sequence[int] | Tensor) -> list[tuple[tuple[str, ...], int]]:
     return [(names, int(index)) for names, index in zip(ATTRIBUTES.values(), row, strict=True)]
 
 
+def _indices(names: Sequence[str]) -> list[int]:
+    """The row of a cell's names."""
+    return [values.index(name) for values, name in zip(ATTRIBUTES.values(), names, strict=True)]
+
+
 def _refuse(sentence: str, word: str, allowed: Sequence[str]) -> NoReturn:
     near = difflib.get_close_matches(word, allowed, 1)
     hint = f"did you mean '{near[0]}'? " if near else f"allowed here: {', '.join(allowed)}. " if allowed else ""
@@ -229,6 +234,17 @@ class CaptionedScenes:
 
     def captions(self, ids: Tensor) -> list[str]:
         return [caption(row) for row in self.said(ids).tolist()]
+
+    def given(self, ids: Tensor, said: Tensor) -> Tensor:
+        """Attributes (B,K) of the scenes `ids` as the law has them where `said` (B,K) is true of them."""
+        chance = Draw(self.seed, 0, ids).uniform("captioned.given")
+        rows = torch.empty_like(said)
+        for row in said.unique(dim=0):
+            mine, cells = (said == row).all(1), law_given(row)
+            reached = torch.tensor(list(cells.values()), dtype=torch.float64).cumsum(0)
+            drawn = torch.searchsorted(reached, chance[mine].double(), right=True).clamp(max=len(cells) - 1)
+            rows[mine] = torch.tensor([_indices(cell) for cell in cells])[drawn]
+        return rows
 
     def images(self, ids: Tensor) -> Tensor:
         """(B,3,R,R) float32 in [-1,1]."""

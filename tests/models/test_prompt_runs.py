@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 from fewstep import build, cli, config, export, measure
 from fewstep.core.errors import UserError
+from fewstep.data.captioned import attributes_of
+from fewstep.data.source import CaptionedSource
 from fewstep.models.codec import codec_of
 from fewstep.rollout import Rollout
 
@@ -173,3 +176,18 @@ def test_half_precision_is_half_the_size_and_opens_unasked(
         "a disc", **size, num_inference_steps=2, guidance_scale=1.0, output_type="latent", return_dict=False
     )
     assert made[0].dtype == torch.float32 and made[0].isfinite().all()
+
+
+def test_a_perfect_painter_is_as_diverse_as_truth_and_a_copier_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same-prompt diversity where true scenes stand in for what is generated, and where each prompt has one image."""
+    source = CaptionedSource(64, 5)
+    conditions = SimpleNamespace(names=source.held_out().captions)
+    run = SimpleNamespace(conditions=conditions, shape=(), decode=None)
+    prompts = torch.arange(measure.PROMPTS).repeat_interleave(measure.EACH)
+    said = torch.tensor([attributes_of(caption) for caption in conditions.names(prompts)])
+    ids = torch.arange(len(prompts))
+    true = source.scenes.of_attributes(ids, source.scenes.given(ids, said))
+    for images, diversity in ((true, 1), (true[prompts * measure.EACH], 0)):
+        monkeypatch.setattr(measure, "generate", lambda *args, images=images, **kwargs: images)
+        found = measure.prompt_diversity(run, None, None, source)  # type: ignore[arg-type]
+        assert found == pytest.approx(diversity, abs=0.05)
