@@ -2,7 +2,9 @@
 
 Reflow: L = E || v(x_t, t) - (z - x) ||^2 on the straight line x_t = (1 - t) x + t z of each stored pair (z, x).
 Distillation: the same pairs at the student's own times alone, compared as clean samples; with one step its input is
-exactly z. A network of another process is trained through `Remapped`, as the flow it stands for.
+exactly z. Its inputs are points on the lines, or the states that the student itself walks to from z: then it answers
+for what its first steps have not learnt. A network of another process is trained through `Remapped`, as the flow it
+stands for.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from fewstep.models.backbone import Backbone, Remapped
 from fewstep.objectives import base
 from fewstep.objectives.base import Turn, Turns, sample_logs
 from fewstep.objectives.pieces.distances import Distance, distance
+from fewstep.objectives.pieces.exits import Exits
+from fewstep.objectives.pieces.paired import refuse_fresh_noise
 
 
 @dataclass
@@ -31,6 +35,10 @@ class Config:
     """flow times of the reflow"""
     distance: Distance = "l2"
     """of the distillation: l2 | l1 | huber"""
+    states: Literal["line", "own"] = "line"
+    """distill: inputs on the lines of the pairs, or the states that the student walks to itself"""
+    exits: Exits = field(default_factory=Exits)
+    """of own states: the step that is compared"""
 
 
 class Objective(base.Objective):
@@ -41,6 +49,11 @@ class Objective(base.Objective):
         """The generator as a flow network."""
         generator = self.triad.generator
         return generator if isinstance(generator.schedule, Flow) else Remapped(generator, Flow(), "flow_prediction")
+
+    def __init__(self, config, triad, rollout):
+        super().__init__(config, triad, rollout)
+        if config.states == "own":
+            refuse_fresh_noise(rollout, "objective.states=own", "objective.states=line")
 
     def turns(self, batch: Batch, step: int) -> Turns:
         pair = batch.pair
@@ -56,6 +69,16 @@ class Objective(base.Objective):
         return loss, prediction.x0
 
     def distill(self, batch: Batch, pair: Pair) -> tuple[Tensor, Tensor]:
+        x0 = self.walked(batch, pair) if self.config.states == "own" else self.on_line(batch, pair)
+        return distance(x0, pair.x0, self.config.distance), x0
+
+    def walked(self, batch: Batch, pair: Pair) -> Tensor:
+        """What the student makes of the pair's noise, looked at where it exits."""
+        exits, args = self.config.exits, (self.triad.generator, pair.noise, pair.cond, batch.draw)
+        return self.rollout(*args, exit=exits.at(self.rollout, batch.draw, "distill.exit"), grad=exits.window).x0
+
+    def on_line(self, batch: Batch, pair: Pair) -> Tensor:
+        """What a random step of the student makes of the pair's line."""
         generator = self.triad.generator
         index = batch.draw.integers("distill.step", len(self.rollout))
         told = torch.tensor([s.told for s in self.rollout.steps], device=index.device)[index]
@@ -63,5 +86,4 @@ class Objective(base.Objective):
         on_line = add_noise(generator.schedule, pair.x0, pair.noise, level)
         start = (index == 0).reshape(-1, *[1] * (on_line.ndim - 1))
         x_t = torch.where(start, pair.noise * generator.schedule.prior_std, on_line)
-        x0 = generator(x_t, told, pair.cond).at(level).x0
-        return distance(x0, pair.x0, self.config.distance), x0
+        return generator(x_t, told, pair.cond).at(level).x0

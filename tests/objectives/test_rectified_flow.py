@@ -22,12 +22,14 @@ from torch import Tensor
 from fewstep import pairs
 from fewstep.core.batch import Batch, Condition, Pair
 from fewstep.core.draw import Draw
+from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import VP, Flow, add_noise
 from fewstep.core.times import Step, Times
 from fewstep.models.backbone import Backbone, Remapped
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Triad
+from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.rectified_flow import Config, Objective
 from fewstep.rollout import Rollout, ode, renoise
 
@@ -188,6 +190,44 @@ def test_distillation_in_several_steps_sees_the_lines_of_the_pairs() -> None:
     assert ((counts - 64) ** 2 / 64).sum() < 16.3  # three degrees of freedom, one in a thousand
     answer = student.mean[index, None] + student.std[index, None] * x_t
     assert loss == pytest.approx((answer - MEAN - STD * stored).abs().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_distillation_of_own_states_answers_for_the_whole_walk(window: int) -> None:
+    """The loss is that of the rollout's end, and its gradient reaches the last `window` steps, as autograd has it."""
+    times = (1.0, 0.75, 0.5, 0.25)
+    affine = [(0.1 * i, 0.3 + 0.1 * i) for i in range(4)]
+    student, mirror = Student(Flow(), affine, times), Student(Flow(), affine, times)
+    draw = Draw(0, 0, torch.arange(64))
+    stored = draw.normal("stored", (32,))
+    batch = Batch(draw.normal("noise", (32,)), Condition(), draw, pair=exact_pair(stored))
+    config = Config(phase="distill", states="own", exits=Exits(law="last", window=window))
+    turn = play(Objective(config, Triad(student), walk(times, ode)), batch)["generator"]
+    x = stored
+    for i, (t, after) in enumerate(zip(times, (*times[1:], 0.0), strict=True)):
+        x0 = mirror.mean[i] + mirror.std[i] * x
+        eps = (x - (1 - t) * x0) / t
+        x = (1 - after) * x0 + after * eps
+        x = x if i >= 4 - window else x.detach()
+    loss = (x - MEAN - STD * stored).square().mean()
+    loss.backward()
+    assert turn.loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, weight in mirror.named_parameters():
+        found = turn.gradients[f"generator.{name}"]
+        assert torch.allclose(found, weight.grad, rtol=1e-4, atol=1e-7) and found.count_nonzero() == window
+
+
+def test_one_step_of_own_states_is_the_plain_distillation() -> None:
+    noise, stored = whitened(2)
+    student, batch = Student(Flow(), [(0.1, 0.3)]), told_batch(noise, noise, pair=exact_pair(stored))
+    own, line = (play(objective(student, phase="distill", states=s), batch)["generator"] for s in ("own", "line"))
+    assert own.loss == line.loss and own.loss > 1e-3
+    assert all(torch.equal(own.gradients[name], line.gradients[name]) for name in line.gradients)
+
+
+def test_own_states_want_a_walk_that_the_noise_decides() -> None:
+    with pytest.raises(UserError, match=r"objective\.states=own .* set model\.transition=ode"):
+        Objective(Config(phase="distill", states="own"), Triad(Student(Flow(), [(0.0, 1.0)])), walk((1.0, 0.5), renoise))
 
 
 def test_distillation_ends_at_the_teachers_own_coupling() -> None:

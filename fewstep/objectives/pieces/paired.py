@@ -19,10 +19,12 @@ def paired_loss(net: Backbone, rollout: Rollout, batch: Batch, exit: int, window
     return distance(made, pair.x0, kind)
 
 
-def refuse_fresh_noise(rollout: Rollout) -> None:
-    """Raises UserError for a rollout whose end is not decided by its noise."""
+def refuse_fresh_noise(
+    rollout: Rollout, what: str = "objective.regression", off: str = "objective.regression=0"
+) -> None:
+    """Raises UserError for a rollout whose end is not decided by its noise; `off` does without `what`."""
     if len(rollout) > 1 and rollout.step is not ode:
         raise UserError(
-            "objective.regression pairs a noise with what becomes of it, which fresh noise between the steps would "
-            "break: set model.transition=ode, or objective.regression=0"
+            f"{what} pairs a noise with what becomes of it, which fresh noise between the steps would "
+            f"break: set model.transition=ode, or {off}"
         )
