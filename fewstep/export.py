@@ -22,7 +22,7 @@ from fewstep.core.errors import UserError
 from fewstep.models import schedulers
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import locate
-from fewstep.routes import Pixels, Route, exportable, open_as_float32, part_of, route_of, stock
+from fewstep.routes import Pixels, Route, exportable, left_out, part_of, route_of, save_plainly, stock
 from fewstep.train import checkpoint
 
 CARD = "README.md"
@@ -47,8 +47,7 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     try:
         shutil.rmtree(aside, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        route.pipeline(net, scheduler, partial(stock, dtype=dtype)).save_pretrained(aside)
-        open_as_float32(aside)
+        save_plainly(route.pipeline(net, scheduler, partial(stock, dtype=dtype)), aside)
         _check(run, backbone, net, route, aside)
         (aside / CARD).write_text(card(run, dtype, route.tag, licence))
         _replace(aside, folder)
@@ -97,7 +96,8 @@ class SameNoise:
 @torch.no_grad()
 def _check(run: Run, backbone: DiffusersBackbone, net: nn.Module, route: Route, folder: Path) -> None:
     """Re-opens `folder` and walks it beside the run's rollout. Raises OSError or UserError if they differ."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    lacking = left_out(run.teacher.codec.pipeline) if run.teacher.codec is not None else {}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **lacking)
     pipeline.set_progress_bar_config(disable=True)
     opened, meant = getattr(pipeline, part_of(pipeline)).eval(), net.state_dict()
     if any(not torch.equal(value, meant[name].to(value.dtype)) for name, value in opened.state_dict().items()):
@@ -156,9 +156,10 @@ def _how(run: Run) -> str:
 def _how_to_prompt(run: Run) -> str:
     side, frames = run.config.data.resolution, run.config.data.frames
     length = "" if frames is None else f"    num_frames={frames},\n"
+    lacking = "".join(f", {part}=None" for part in left_out(run.teacher.codec.pipeline)) if run.teacher.codec else ""
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        'pipeline = DiffusionPipeline.from_pretrained(".")  # this folder\n'
+        f'pipeline = DiffusionPipeline.from_pretrained("."{lacking})  # this folder\n'
         f'made = pipeline(\n    "{run.conditions.names(torch.zeros(1, dtype=torch.long))[0]}",\n'
         f"    height={side},\n    width={side},\n{length}    num_inference_steps={len(run.rollout)},\n"
         "    guidance_scale=1.0,\n    generator=torch.Generator().manual_seed(0),\n)\n"

@@ -126,17 +126,27 @@ def route_of(run: Run, net: nn.Module) -> Route:
     return Pixels()
 
 
-def open_as_float32(folder: Path) -> None:
-    """Makes an unasked `from_pretrained` of the pipeline in `folder` give float32, whatever precision it is stored in.
+def left_out(pipeline: Any) -> dict[str, None]:
+    """The parts that `pipeline` does without and `from_pretrained` has to be told so, as keyword arguments.
 
-    diffusers does so for its own networks; transformers opens a text encoder in the precision that its config names,
-    and the pipeline would then mix two.
+    Stable Diffusion 3 without its third text encoder is such a one.
     """
-    index = json.loads((folder / "model_index.json").read_text())
-    for name, node in index.items():
-        file = folder / name / "config.json"
-        if isinstance(node, list) and node[0] == "transformers" and file.is_file():
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    return {
+        k: None for k, part in pipeline.components.items() if part is None and k not in pipeline._optional_components
+    }
+
+
+def save_plainly(pipeline: Any, folder: Path) -> None:
+    """Writes `pipeline` so that an unasked `from_pretrained` opens it in float32, whatever it is stored in.
+
+    diffusers turns its own networks into float32, but transformers opens a text encoder in the precision that its
+    config names, and the pipeline would then mix two.
+    """
+    pipeline.save_pretrained(folder)
+    for name, node in json.loads((folder / "model_index.json").read_text()).items():
+        config = folder / name / "config.json"
+        if isinstance(node, list) and node[0] == "transformers" and config.is_file():
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def stock(net: nn.Module, dtype: torch.dtype) -> nn.Module:

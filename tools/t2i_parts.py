@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from fewstep.data.captioned import CaptionedScenes, rows_of
 from fewstep.evals.captions import caption_accuracy
 from fewstep.evals.reader import load_reader
-from fewstep.routes import open_as_float32
+from fewstep.routes import save_plainly
 
 LATENT_SIDE, LATENT_CHANNELS = 16, 4
 SEED = 19
@@ -79,18 +79,17 @@ def assemble(parts: Path) -> StableDiffusionPipeline:
     )
 
 
-def write(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def write(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Half precision on disk; float32 is what an unasked `from_pretrained` gives back."""
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
-    open_as_float32(folder)
+    save_plainly(pipeline.to(dtype=torch.float16), folder)
 
 
-def check(folder: Path) -> dict[str, object]:
+def check(folder: Path, **lacking: None) -> dict[str, object]:
     """Opens what was written, draws with it, and measures sizes and the autoencoder. Raises ValueError if it fails."""
     sizes = {file.parent.name: file.stat().st_size for file in folder.glob("*/*.safetensors")}
     if too_large := [name for name, size in sizes.items() if size > LIMIT]:
         raise ValueError(f"{', '.join(too_large)} would be larger than {LIMIT} bytes")
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, **lacking)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(SEED)
     drawn = pipeline(["a red ring", "anything at all"], num_inference_steps=4, generator=generator, output_type="pt")

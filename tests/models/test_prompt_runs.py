@@ -191,3 +191,15 @@ def test_a_perfect_painter_is_as_diverse_as_truth_and_a_copier_is_not(monkeypatc
         monkeypatch.setattr(measure, "generate", lambda *args, images=images, **kwargs: images)
         found = measure.prompt_diversity(run, None, None, source)  # type: ignore[arg-type]
         assert found == pytest.approx(diversity, abs=0.05)
+
+
+def test_without_its_third_encoder_stable_diffusion_3_is_exported_too(
+    file: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """diffusers then has to be told that it is left out, as the card says."""
+    tiny_pipelines.make("sd3", long_prompts=False).save_pretrained(tmp_path / "sd3")
+    folder = play(file, tmp_path / "runs", f"model.teacher={tmp_path / 'sd3'}", f"data.source={prompts}") / "export"
+    said = 'from_pretrained(".", text_encoder_3=None, tokenizer_3=None)'
+    assert said in (folder / "README.md").read_text()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    assert pipeline.text_encoder_3 is None and pipeline.text_encoder is not None

@@ -227,7 +227,9 @@ def test_one_step_of_own_states_is_the_plain_distillation() -> None:
 
 def test_own_states_want_a_walk_that_the_noise_decides() -> None:
     with pytest.raises(UserError, match=r"objective\.states=own .* set model\.transition=ode"):
-        Objective(Config(phase="distill", states="own"), Triad(Student(Flow(), [(0.0, 1.0)])), walk((1.0, 0.5), renoise))
+        Objective(
+            Config(phase="distill", states="own"), Triad(Student(Flow(), [(0.0, 1.0)])), walk((1.0, 0.5), renoise)
+        )
 
 
 def test_distillation_ends_at_the_teachers_own_coupling() -> None:
