@@ -247,7 +247,7 @@ def stored_row(run: Run, count: int) -> dict[str, Any] | None:
     if not record.is_file():
         return None
     stored = json.loads(record.read_text())
-    fits = stored["guidance"] == run.config.model.guidance and stored["weights_sha256"] == weights_sha256(folder)
+    fits = stored.get("guidance") == run.config.model.guidance and stored["weights_sha256"] == weights_sha256(folder)
     source = stored["resolution"] == run.config.data.resolution and run.config.data.source == "scenes"
     return stored["rows"].get(str(count)) if fits and source else None
 

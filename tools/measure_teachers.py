@@ -3,7 +3,8 @@
     python tools/measure_teachers.py [--samples 2000 10000] [assets/teachers/scenes-flow ...]
 
 A teacher's row costs 50 network passes an image, so runs read it instead of measuring it again; it is only used
-while the hash of the weights, the guidance and the resolution are the stored ones.
+while the hash of the weights, the guidance and the resolution are the stored ones. A text-to-image teacher has a row for
+each guidance from 1 to 3, of the smallest count of images.
 """
 
 from __future__ import annotations
@@ -78,6 +79,26 @@ def store_row(folder: Path, samples: list[int], guidance: float) -> None:
     (folder / "evals.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def store_prompted(folder: Path, count: int) -> None:
+    """Whether 50 steps show what unseen captions say, at three guidances."""
+    rows = {}
+    for guidance in (1.0, 2.0, 3.0):
+        overrides = [f"model.teacher={folder}", f"model.guidance={guidance}"]
+        run = build.build(config.load("configs/t2i/dmd2.yaml", overrides)[-1])
+        truth = measure.truth_of(run.source)
+        rows[f"guidance {guidance:g}"] = measure.measure(
+            "teacher, 50 steps", run, *measure.teacher(run, measure.TEACHER_STEPS), truth, count
+        )
+        print(folder.name, guidance, rows[f"guidance {guidance:g}"])
+    record = {
+        "weights_sha256": measure.weights_sha256(folder),
+        "resolution": run.config.data.resolution,
+        "protocol": measure.protocol(run, truth, count).split("; teacher guidance")[0] + ", deterministic sampler",
+        "rows": rows,
+    }
+    (folder / "evals.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -89,9 +110,14 @@ def main() -> None:
     parser.add_argument("--samples", nargs="+", type=int, default=[2000, 10_000])
     parser.add_argument("--guidance", type=float, default=1.0)
     args = parser.parse_args()
-    store_truth(16)
+    plain = [folder for folder in args.teachers if not (folder / "tokenizer").is_dir()]
+    if plain:
+        store_truth(16)
     for folder in args.teachers:
-        store_row(folder, args.samples, args.guidance)
+        if folder in plain:
+            store_row(folder, args.samples, args.guidance)
+        else:
+            store_prompted(folder, min(args.samples))
 
 
 if __name__ == "__main__":
