@@ -66,6 +66,7 @@ class Objective(nn.Module):
 
     def __init__(self, config: Any, triad: Triad, rollout: Rollout):
         super().__init__()
+        self.refuse(rollout)
         self.config, self.triad, self.rollout = config, triad, rollout
         self.targets: dict[str, Backbone] = {}
 
@@ -73,6 +74,9 @@ class Objective(nn.Module):
     def needs(cls, config: Any) -> tuple[str, ...]:
         """The roles this objective uses under `config`."""
         return cls.roles
+
+    def refuse(self, rollout: Rollout) -> None:
+        """Raises UserError for a rollout by which what this objective makes must not be sampled."""
 
     def attach(self, x: Tensor, cond: Condition) -> None:
         """Makes modules whose sizes depend on the features of inputs such as x (B, *S); called once."""
