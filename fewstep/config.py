@@ -18,7 +18,7 @@ from typing import Any, Literal
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fewstep.core.errors import UserError
+from fewstep.core.errors import UserError, sentence
 from fewstep.core.prediction import Kind
 from fewstep.objectives import base as objectives
 from fewstep.rollout import TransitionName
@@ -190,13 +190,6 @@ class Config:
             raise UserError(f"batch {self.batch} cannot be split into {self.micro_batches} equal micro_batches")
 
 
-def _sentence(error: Exception) -> str:
-    """The first lines of an omegaconf error, without its type trace."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    shown = [line for line in lines if not line.startswith(("object_type", "reference_type"))]
-    return " ".join(shown).replace("full_key:", "at")
-
-
 def _read(path: Path) -> DictConfig:
     if not path.is_file():
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:8]) if path.parent.is_dir() else ""
@@ -258,7 +251,7 @@ def _split(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, DictConfig]]
     try:
         given = OmegaConf.from_dotlist(list(overrides))
     except OmegaConfBaseException as error:
-        raise UserError(_sentence(error)) from None
+        raise UserError(sentence(error)) from None
     names = [str(name) for name in given if re.fullmatch(r"stage_\d+", str(name))]
     return given, {name: given.pop(name) for name in names}
 
@@ -269,21 +262,20 @@ def _typed(given: DictConfig) -> Config:
     node = given.get("objective") or {}
     if isinstance(node, str):
         raise UserError(f"objective has keys of its own: write objective.name={node}")
-    if not isinstance(given.get("model", {}), DictConfig):
+    if "model" in given and not isinstance(given["model"], DictConfig):
         raise UserError("model has keys of its own, such as model.teacher and model.steps")
     if "name" not in node:
         raise UserError(f"objective.name is missing: use one of {', '.join(objectives.names())}")
-    module = objectives.find(node["name"])
+    objective = objectives.typed(node)
     if node["name"] == "diffusion":
         given = _overlay(OmegaConf.create({"model": {"steps": MANY_STEPS}}), given)
     try:
-        objective = OmegaConf.merge(OmegaConf.structured(module.Config), node)
         typed = OmegaConf.merge(OmegaConf.structured(Config), {k: v for k, v in given.items() if k != "objective"})
         config = OmegaConf.to_object(typed)
         assert isinstance(config, Config)
-        config.objective = OmegaConf.to_object(objective)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        raise UserError(_sentence(error)) from None
+        raise UserError(sentence(error)) from None
+    config.objective = objective
     return config
 
 

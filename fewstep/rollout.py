@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,6 +42,10 @@ class Sample:
 
     def detach(self) -> Sample:
         return Sample(self.x.detach(), self.s, self.x0.detach(), self.x_t.detach(), self.t, self.index)
+
+    def clean(self) -> Sample:
+        """The same step with x0 for its state, at level 0."""
+        return replace(self, x=self.x0, s=torch.zeros_like(self.s))
 
 
 def renoise(prediction: Prediction, s: Tensor) -> Move:

@@ -106,6 +106,7 @@ def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint:
         scheduler = build.exportable(dataclasses.replace(run.config, model=model), run.teacher)
         walk = schedulers.student_steps(run.teacher.schedule, scheduler, steps, run.teacher.shift)
         rollout = Rollout(walk, rollout.step, rollout.two_times)
+        run.objective.refuse(rollout)
     codec = run.teacher.codec
     if codec is None:
         return Sampler(net, rollout, run.shape, run.source.labels, len(run.source.labels))

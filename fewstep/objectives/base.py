@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from fewstep.core.batch import Batch, Condition
-from fewstep.core.errors import UserError
+from fewstep.core.errors import UserError, sentence
 from fewstep.core.times import Times
 from fewstep.models.backbone import Backbone
 from fewstep.rollout import Rollout, Sample
@@ -56,16 +58,19 @@ class Objective(nn.Module):
     """A method. Subclasses are called `Objective`, one a file, beside a dataclass called `Config`.
 
     `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses (x0, pair).
+    `partial` objectives make samples that may end above level 0, and compare such states as they are.
     `group` samples next to each other share a condition and stay in one micro-batch.
     Own modules and buffers are saved with the run; `learns` says which player each joins.
     """
 
     roles: ClassVar[tuple[str, ...]] = ("generator",)
     reads: tuple[str, ...] = ()
+    partial: bool = False
     group: int = 1
 
     def __init__(self, config: Any, triad: Triad, rollout: Rollout):
         super().__init__()
+        self.refuse(rollout)
         self.config, self.triad, self.rollout = config, triad, rollout
         self.targets: dict[str, Backbone] = {}
 
@@ -73,6 +78,9 @@ class Objective(nn.Module):
     def needs(cls, config: Any) -> tuple[str, ...]:
         """The roles this objective uses under `config`."""
         return cls.roles
+
+    def refuse(self, rollout: Rollout) -> None:
+        """Raises UserError for a rollout by which what this objective makes must not be sampled."""
 
     def attach(self, x: Tensor, cond: Condition) -> None:
         """Makes modules whose sizes depend on the features of inputs such as x (B, *S); called once."""
@@ -139,3 +147,17 @@ def find(name: str) -> ModuleType:
     if name not in names():
         raise UserError(f"there is no objective '{name}': use one of {', '.join(names())}")
     return importlib.import_module(f"fewstep.objectives.{name}")
+
+
+def typed(node: Mapping[Any, Any]) -> Any:
+    """The Config of a node like `objective:`. Raises UserError with one sentence for what its schema does not allow."""
+    schema = find(node["name"]).Config
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except OmegaConfBaseException as error:
+        raise UserError(sentence(error)) from None
+    except TypeError:  # what omegaconf says of it names no key
+        raise UserError(
+            f"a key of {node['name']} has a list where keys and values belong, or the other way round: `fewstep "
+            f"objectives {node['name']}` shows them"
+        ) from None

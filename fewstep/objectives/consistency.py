@@ -27,7 +27,7 @@ from fewstep.objectives import base
 from fewstep.objectives.base import Turn, Turns, sample_logs
 from fewstep.objectives.pieces.distances import Distance, distance
 from fewstep.objectives.pieces.teacher_step import Solver, teacher_step
-from fewstep.rollout import ode
+from fewstep.rollout import Rollout, renoise
 
 
 @dataclass
@@ -54,12 +54,12 @@ class Config:
 class Objective(base.Objective):
     reads = ("x0",)
 
-    def __init__(self, config, triad, rollout):
-        super().__init__(config, triad, rollout)
-        if len(rollout) > 1 and rollout.step is ode:
+    def refuse(self, rollout: Rollout) -> None:
+        """The noise read off a consistency function's x0 is no part of it: only all fresh noise keeps the law."""
+        if len(rollout) > 1 and rollout.step is not renoise:
             raise UserError(
-                "a consistency function is no denoiser: several steps of it need fresh noise in between, so set "
-                "model.transition=renoise (or gamma, cps)"
+                f"a consistency function is no denoiser: {len(rollout)} steps of it need fresh noise in between and "
+                "none of the old, so train it with model.transition=renoise, or use one step"
             )
 
     @classmethod

@@ -61,21 +61,17 @@ class Objective(base.Objective):
     def generates(self, step: int) -> bool:
         return step % self.config.ratio == 0
 
-    def exit(self, batch: Batch) -> int:
-        """The step whose clean sample is looked at."""
-        return self.config.exits.at(self.rollout, batch.draw, "dmd.exit")
-
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
-        window = self.config.exits.window if grad else 0
-        args = (self.triad.generator, batch.noise, batch.cond, batch.draw)
-        return self.rollout(*args, exit=self.exit(batch), grad=window)
+        exits, net = self.config.exits, self.triad.generator
+        exit = exits.at(self.rollout, batch.draw, "dmd.exit")
+        return self.rollout(net, batch.noise, batch.cond, batch.draw, exit=exit, grad=exits.window * grad)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd.t", self.config.times)
         loss, logs = matching_loss(self.triad, batch, sample, t, self.config.weight)
         if self.config.regression:
-            exits, args = self.config.exits, (self.triad.generator, self.rollout, batch)
-            logs["regression"] = paired_loss(*args, self.exit(batch), exits.window, self.config.distance)
+            window, args = self.config.exits.window, (self.triad.generator, self.rollout, batch)
+            logs["regression"] = paired_loss(*args, sample.index, window, self.config.distance)
             loss = loss + self.config.regression * logs["regression"]
         return loss, logs
 

@@ -52,6 +52,7 @@ class Objective(base.Objective):
 
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
+        self.partial = config.phases > 1
         if len(rollout) % config.phases:
             raise UserError(f"{len(rollout)} steps cannot be shared out to {config.phases} phases: use a multiple")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from oracle import ConsistencyMap, Line, Recorder, adam, learn, made, play, told_batch, walk, whitened
 from torch import Tensor
 
+from fewstep import cli
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
@@ -21,6 +23,7 @@ from fewstep.objectives.base import Triad
 from fewstep.objectives.consistency import Config, Objective
 from fewstep.objectives.pieces.distances import distance
 from fewstep.objectives.pieces.teacher_step import teacher_step
+from fewstep.rollout import Transition, cps, gamma_jump, ode, renoise
 from fewstep.train.player import Follower, Player, constant_decay
 
 LAW = (1.0, 0.7)
@@ -251,6 +254,66 @@ def test_distances_by_hand() -> None:
     huber = ((1 + 1e-6) ** 0.5 + (16 + 1e-6) ** 0.5 - 2e-3) / 3
     assert distance(a, b, "huber").item() == pytest.approx(huber, rel=1e-6)
     assert distance(a, a, "huber").item() == 0
+
+
+FOUR = (1.0, 0.75, 0.5, 0.25)
+
+
+def walked(transition: Transition, times: tuple[float, ...]) -> tuple[float, float]:
+    """Mean and deviation of 2^17 numbers that the exact map makes along the flow."""
+    (noise,) = whitened(1, rows=4096)
+    draw = Draw(0, 0, torch.arange(len(noise)))
+    x = walk(times, transition)(
+        ConsistencyMap(GaussianModel(*LAW, Flow(), "flow_prediction")), noise, Condition(), draw
+    ).x
+    return x.mean().item(), x.std().item()
+
+
+def ode_deviation(times: tuple[float, ...]) -> float:
+    """By hand: f = 1 + .7 (x - a) / r with a = 1 - t, r^2 = .49 a^2 + t^2; then x_s = (1 - s) f + s / t (x - a f)."""
+    x = 1.0
+    for t, s in itertools.pairwise((*times, 0.0)):
+        f = 0.7 * x / (0.49 * (1 - t) ** 2 + t**2) ** 0.5
+        x = (1 - s) * f + s / t * (x - (1 - t) * f)
+    return x
+
+
+@pytest.mark.parametrize("times, deviation", [((1.0,), 0.7), ((1.0, 0.5), 0.9748), (FOUR, 1.1590)])
+def test_an_exact_map_walked_by_the_ode_is_wrong_beyond_one_step(times: tuple[float, ...], deviation: float) -> None:
+    """The noise it is read to hold is a function of the sample that it is added to again."""
+    assert ode_deviation(times) == pytest.approx(deviation, abs=1e-4)
+    assert walked(ode, times) == pytest.approx((1.0, deviation), abs=1e-3)
+
+
+def test_an_exact_map_that_renoises_is_right_and_half_fresh_noise_is_not_enough() -> None:
+    """Four standard errors of 2^17 numbers: .006."""
+    assert walked(renoise, FOUR) == pytest.approx(LAW, abs=0.008)
+    assert walked(cps(0.5), FOUR)[1] > 0.95 and walked(gamma_jump(0.5), FOUR)[1] > 0.8
+
+
+@pytest.mark.parametrize("transition", [ode, cps(0.5), gamma_jump(0.5)])
+def test_several_steps_without_fresh_noise_alone_are_refused(transition: Transition) -> None:
+    net = GaussianModel(*LAW, Flow(), "flow_prediction")
+    with pytest.raises(UserError, match=r"4 steps .* model\.transition=renoise, or use one step"):
+        Objective(Config(), Triad(net, Guided(net)), walk(FOUR, transition))
+    for fine in (walk((1.0,), transition), walk(FOUR, renoise)):
+        assert Objective(Config(), Triad(net, Guided(net)), fine).rollout is fine
+
+
+def test_the_command_line_refuses_them(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before training, and when a one-step run whose transition is the ODE is asked for four."""
+    given = ["configs/scenes/consistency.yaml", f"model.teacher={tiny_teacher}", "batch=2", "steps=1"]
+    assert cli.main(["train", *given, "model.steps=4", "--dry-run"]) == 2
+    assert cli.main(["train", *given, "model.steps=4", "model.transition=renoise", "--dry-run"]) == 0
+    quiet = ["evals.every=0", "evals.samples=0", "save.export=false"]
+    assert cli.main(["train", *given, *quiet, f"--out={tmp_path / 'runs'}"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    picture = ["--count=2", f"--out={tmp_path / 'x.png'}"]
+    assert cli.main(["sample", str(run), *picture]) == 0
+    assert cli.main(["sample", str(run), "--steps=4", *picture]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    refusals = [line for line in said if line.startswith("fewstep: ")]
+    assert len(refusals) == 2 and all("a consistency function is no denoiser: 4 steps" in line for line in refusals)
 
 
 @pytest.mark.parametrize("mode", ["distillation", "training"])

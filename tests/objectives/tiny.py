@@ -23,6 +23,7 @@ from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared, Voice
 from fewstep.objectives import base
 from fewstep.objectives.base import Objective, Share, Triad, Turn
+from fewstep.objectives.pieces.exits import Exits
 from fewstep.rollout import Rollout, ode, renoise
 from fewstep.train.player import Player, PlayerConfig
 
@@ -36,14 +37,16 @@ PROCESSES: dict[str, tuple[NoiseSchedule, Kind]] = {
 }
 
 GAN = {"gan_weight": 0.5, "gan_critic_weight": 0.5, "ratio": 2}
+WHOLE = Exits("last", 2)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "consistency": {"": {}, "heun-self": {"solver": "heun", "target": "self"}, "training": {"mode": "training"}},
-    "dmd": {"": {}, "free": {"regression": 0.0, "ratio": 2}},
+    "dmd": {"": {}, "free": {"regression": 0.0, "ratio": 2}, "whole": {"exits": WHOLE}},
     "dmd2": {
         "": GAN,
         "teacher": {**GAN, "gan_features": "teacher"},
         "data": {**GAN, "backward_simulation": False},
         "free": {"gan_weight": 0.0, "ratio": 2},
+        "whole": {**GAN, "exits": WHOLE, "regression": 0.5},
     },
     "phased_dmd": {"": {"ratio": 2}},
     "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
@@ -51,8 +54,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-TRANSITIONS = {"dmd": ode, "sum": ode}
-"""Of objectives that pair a noise with its sample; the others renoise."""
+TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "sum": ode}
+"""Of objectives, or variants of them, that pair a noise with its sample; the others renoise."""
 
 CASES = [
     f"{name}{'-' if variant else ''}{variant}/{process}"
@@ -125,8 +128,8 @@ def make(
     case: str, player: PlayerConfig, checkpointed: bool = False, sizes: Any = SMALL, learn: Roles = "full"
 ) -> Tiny:
     """The run of a case such as dmd2-teacher/vp, with gradient checkpointing in every UNet or without."""
-    name, process = case.split("/")
-    name, _, variant = name.partition("-")
+    told, process = case.split("/")
+    name, _, variant = told.partition("-")
     schedule, kind = PROCESSES[process]
 
     def plain(seed: int) -> DiffusersBackbone:
@@ -150,9 +153,9 @@ def make(
         networks["real_score"] = Guided(network(0, None), 1.5).requires_grad_(False)
     if "fake_score" in roles:
         networks["fake_score"] = network(2, "fake_score")
-    objective = module.Objective(
-        config, Triad(**networks), Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], TRANSITIONS.get(name, renoise))
-    )
+    transition = TRANSITIONS.get(told) or TRANSITIONS.get(name, renoise)
+    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition)
+    objective = module.Objective(config, Triad(**networks), rollout)
     torch.manual_seed(3)
     objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
     configs = {name: player for name in {**networks, **objective.learns()} if name != "real_score"}
