@@ -3,8 +3,8 @@
     python tools/measure_teachers.py [--samples 2000 10000] [assets/teachers/scenes-flow ...]
 
 A teacher's row costs 50 network passes an image, so runs read it instead of measuring it again; it is only used
-while the hash of the weights, the guidance and the resolution are the stored ones. A text-to-image teacher has a row for
-each guidance from 1 to 3, of the smallest count of images.
+while the hash of the weights, the guidance and the resolution are the stored ones. A text-to-image teacher has a row
+for each guidance from 1 to 3, of the smallest count of images.
 """
 
 from __future__ import annotations
