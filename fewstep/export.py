@@ -121,7 +121,7 @@ def card(run: Run, dtype: torch.dtype, tag: str = Pixels.tag, licence: str | Non
         license=licence or _licence(model.teacher, model.revision),
         base_model=_teacher_name(model.teacher),
         pipeline_tag=tag,
-        tags=["fewstep", *(["few-step", "distillation"] if model.teacher else [])],
+        tags=["fewstep", *(["few-step", "distillation"] if _distilled(run) else [])],
         num_inference_steps=len(run.rollout),
         id2label=dict(enumerate(run.source.labels)) or None,
         null_label=run.teacher.null_label,
@@ -135,18 +135,24 @@ def _facts(run: Run, dtype: torch.dtype) -> dict[str, str]:
     steps, side = len(run.rollout), config.data.resolution
     kept = "EMA of the weights" if "ema" in player.followers else "last weights"
     method = f"`{config.objective.name}` with fewstep"  # type: ignore[attr-defined]
-    facts = {"teacher": f"`{_teacher_name(model.teacher)}`" if model.teacher else "none: trained from data"}
+    origin = "teacher" if _distilled(run) or not model.teacher else "started from"
+    facts = {origin: f"`{_teacher_name(model.teacher)}`" if model.teacher else "none: trained from data"}
     facts["method"] = f"{method}, {player.moves} optimizer steps, {kept}, stored in {str(dtype).split('.')[-1]}"
     frames = f", {config.data.frames} frames" if config.data.frames else ""
     facts["images"] = f"{side} x {side} pixels{frames}, trained on `{Path(config.data.source).name}`"
     facts["steps"] = f"{steps} network pass{'es' if steps > 1 else ''}"
     if steps > 1:
         facts["transition"] = f"`{model.transition}`"
-    if model.teacher:
+    if _distilled(run):
         facts["guidance"] = f"{model.guidance:g}, the teacher's; the student has it inside and needs one pass a step"
     else:
         facts["guidance"] = "none in the plain pipeline"
     return facts
+
+
+def _distilled(run: Run) -> bool:
+    """Whether this is a student; otherwise it is a teacher, made or fine-tuned from data."""
+    return run.config.objective.name != "diffusion"  # type: ignore[attr-defined]
 
 
 def _how(run: Run) -> str:
@@ -162,9 +168,11 @@ def _how_to_prompt(run: Run) -> str:
         f'pipeline = DiffusionPipeline.from_pretrained("."{lacking})  # this folder\n'
         f'made = pipeline(\n    "{run.conditions.names(torch.zeros(1, dtype=torch.long))[0]}",\n'
         f"    height={side},\n    width={side},\n{length}    num_inference_steps={len(run.rollout)},\n"
-        "    guidance_scale=1.0,\n    generator=torch.Generator().manual_seed(0),\n)\n"
+        f"    guidance_scale={1.0 if _distilled(run) else 2.0},\n    generator=torch.Generator().manual_seed(0),\n)\n"
     )
     note = "`guidance_scale=1.0` is needed: guidance is inside already, and the pipeline would apply its own on top."
+    if not _distilled(run):
+        note = "`guidance_scale` is free: 1 asks for one pass a step, more follows the prompt more closely."
     return f"## Sampling\n\n```python\n{code}```\n\n{note}"
 
 

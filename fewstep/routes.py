@@ -140,13 +140,16 @@ def save_plainly(pipeline: Any, folder: Path) -> None:
     """Writes `pipeline` so that an unasked `from_pretrained` opens it in float32, whatever it is stored in.
 
     diffusers turns its own networks into float32, but transformers opens a text encoder in the precision that its
-    config names, and the pipeline would then mix two.
+    config names, and the pipeline would then mix two. Where the parts came from stays out of their configs.
     """
     pipeline.save_pretrained(folder)
     for name, node in json.loads((folder / "model_index.json").read_text()).items():
         config = folder / name / "config.json"
-        if isinstance(node, list) and node[0] == "transformers" and config.is_file():
-            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        if isinstance(node, list) and config.is_file():
+            said = json.loads(config.read_text())
+            said.pop("_name_or_path", None)
+            said |= {"dtype": "float32"} if node[0] == "transformers" else {}
+            config.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def stock(net: nn.Module, dtype: torch.dtype) -> nn.Module:
