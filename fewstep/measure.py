@@ -168,11 +168,17 @@ def read_truth(source: Source, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(features), unseen.label_of(ids)
 
 
+def truth_file(source: SceneSource | CaptionedSource) -> Path:
+    """Where the truth of a world is stored, its record beside it as .json."""
+    world = "captioned" if isinstance(source, CaptionedSource) else "scenes"
+    return locate(f"assets/truth/{world}{source.resolution}.safetensors")
+
+
 def truth_of(source: Source) -> Truth:
-    """The stored truth of the scenes where it fits the reader, else computed now."""
+    """The stored truth of a world where it fits the reader, else computed now."""
     weights = sha256(reader_folder(source) / "reader.safetensors")
-    if isinstance(source, SceneSource):
-        stored = locate(f"assets/truth/scenes{source.resolution}.safetensors")
+    if isinstance(source, SceneSource | CaptionedSource):
+        stored = truth_file(source)
         record = stored.with_suffix(".json")
         if record.exists() and json.loads(record.read_text())["reader_sha256"] == weights:
             state = load_file(stored)

@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import save_file
 
 from fewstep import build, config, measure
-from fewstep.data.source import HELD_OUT, SceneSource
+from fewstep.data.source import HELD_OUT, CaptionedSource, SceneSource
 from fewstep.evals.frechet import Statistics
 from fewstep.train.checkpoint import sha256
 
-TRUTH_SAMPLES = 50_000
+TRUTH_SAMPLES, PROMPTED_TRUTH_SAMPLES = 50_000, 20_000
 KEPT_FEATURES = 10_000
 
 
-def store_truth(resolution: int) -> None:
-    """Mean and covariance of 50,000 true scenes, and the features of the first 10,000."""
-    features, labels = measure.read_truth(SceneSource(resolution, 0), TRUTH_SAMPLES)
+def store_truth(source: SceneSource | CaptionedSource, count: int) -> None:
+    """Mean and covariance of `count` true images, and the features of the first 10,000."""
+    features, labels = measure.read_truth(source, count)
     statistics = Statistics.of(features)
     state = {
         "mean": statistics.mean,
@@ -35,22 +35,21 @@ def store_truth(resolution: int) -> None:
         "features": features[:KEPT_FEATURES].half(),
         "labels": labels[:KEPT_FEATURES],
     }
-    target = Path(f"assets/truth/scenes{resolution}.safetensors")
+    target = measure.truth_file(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, target)
     record = {
-        "samples": TRUTH_SAMPLES,
+        "samples": count,
         "seed": HELD_OUT,
-        "reader_sha256": sha256(Path("assets/reader/reader.safetensors")),
-        "floor": floor(resolution, statistics),
+        "reader_sha256": sha256(measure.reader_folder(source) / "reader.safetensors"),
+        "floor": floor(source, statistics),
     }
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def floor(resolution: int, truth: Statistics) -> dict[str, float]:
-    """Frechet distance of fresh true scenes to the stored truth, by sample count."""
-    source = SceneSource(resolution, HELD_OUT + 1)
-    reader = measure.reader_of(source)
+def floor(world: SceneSource | CaptionedSource, truth: Statistics) -> dict[str, float]:
+    """Frechet distance of fresh true images to the stored truth, by sample count."""
+    source, reader = type(world)(world.resolution, HELD_OUT + 1), measure.reader_of(world)
     features = torch.cat([reader.read(source.images(ids))[1] for ids in torch.arange(10_000).split(500)])
     return {str(n): measure.frechet_distance(Statistics.of(features[:n]), truth) for n in (2000, 10_000)}
 
@@ -112,7 +111,9 @@ def main() -> None:
     args = parser.parse_args()
     plain = [folder for folder in args.teachers if not (folder / "tokenizer").is_dir()]
     if plain:
-        store_truth(16)
+        store_truth(SceneSource(16, 0), TRUTH_SAMPLES)
+    if len(plain) < len(args.teachers):
+        store_truth(CaptionedSource(64, 0), PROMPTED_TRUTH_SAMPLES)
     for folder in args.teachers:
         if folder in plain:
             store_row(folder, args.samples, args.guidance)
