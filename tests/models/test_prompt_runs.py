@@ -7,13 +7,13 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from fewstep import build, cli, config, export, measure
 from fewstep.core.errors import UserError
+from fewstep.models import tiny
 from fewstep.models.codec import codec_of
 from fewstep.rollout import Rollout
 
@@ -44,7 +44,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def teacher(family: str, where: Path) -> Path:
-    tiny_pipelines.make(family).save_pretrained(where / family)
+    tiny.make(family).save_pretrained(where / family)
     return where / family
 
 
@@ -96,7 +96,7 @@ def test_prompts_are_sampled_from_the_run_and_from_its_export(file: Path, prompt
     [
         ([], "give --prompt"),
         (["--labels", "red disc"], "reads prompts"),
-        (["--prompt", "a very long sentence about a disc"], "tokens, but this model reads"),
+        (["--prompt", "a very long sentence about a disc " * 3], "tokens, but this model reads"),
         (["--prompts-file", "/nowhere.txt"], "cannot be read"),
     ],
 )
