@@ -9,25 +9,52 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.core.errors import UserError
 
+if TYPE_CHECKING:
+    from fewstep.config import Config
+
 
 def train(args: argparse.Namespace) -> None:
-    from fewstep import build, config, finish, runner
+    from fewstep import build, finish, runner
     from fewstep.train import processes
 
-    configs = config.load(args.config, args.overrides)
+    configs = _configs(args)
     if args.dry_run:
-        finish.dry_run(configs)
+        with tempfile.TemporaryDirectory() as folder:
+            _furnish(args, configs, Path(folder))
+            finish.dry_run(configs)
         return
     with processes.started(build.pick_device(configs[0].device)):
         root, resume = processes.from_leader(lambda: _place(args, configs[0].name))
+        _furnish(args, configs, root)
         if processes.leads():
             print(f"run folder: {root}")
         runner.play(configs, root, resume, finish.finish)
+
+
+def _configs(args: argparse.Namespace) -> list[Config]:
+    """The stages that the arguments name, made small for --tiny."""
+    from fewstep import config
+
+    if not args.tiny:
+        return config.load(args.config, args.overrides)
+    from fewstep import shrink
+
+    return shrink.load(args.config, args.overrides)
+
+
+def _furnish(args: argparse.Namespace, configs: list[Config], root: Path) -> None:
+    """With --tiny, the teacher that the configs shall learn from, in the run folder `root`."""
+    if args.tiny:
+        from fewstep import shrink
+
+        shrink.furnish(configs, root)
 
 
 def _place(args: argparse.Namespace, name: str) -> tuple[Path, Path | None]:
@@ -75,7 +102,7 @@ def report(args: argparse.Namespace) -> None:
 def show_config(args: argparse.Namespace) -> None:
     from fewstep import config
 
-    for i, stage in enumerate(config.load(args.config, args.overrides)):
+    for i, stage in enumerate(_configs(args)):
         print(f"{'---' if i else ''}\n{config.to_yaml(stage)}".strip())
 
 
@@ -90,6 +117,11 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--step", type=int, default=None, help="the checkpoint of this step; default: the newest")
 
 
+def _tiny_argument(command: argparse.ArgumentParser) -> None:
+    said = "two steps on a tiny random model of the teacher's classes; offline"
+    command.add_argument("--tiny", action="store_true", help=said)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="fewstep", description="Makes few-step generators of diffusion and flow models.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -101,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="a run folder or checkpoint; alone: the newest run"
     )
+    _tiny_argument(one)
     one.add_argument("--dry-run", action="store_true", help="print players, memory and first shapes, then stop")
     one.set_defaults(call=train)
 
@@ -128,6 +161,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("config", help="print a config with every default filled in")
     one.add_argument("config")
     one.add_argument("overrides", nargs="*")
+    _tiny_argument(one)
     one.set_defaults(call=show_config)
 
     one = commands.add_parser("objectives", help="list the objectives, or the keys of one")

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
-from fewstep.models import loading
+from fewstep.models import loading, tiny
 from fewstep.models.codec import Codec, codec_of, open_codec
 
-FAMILIES = tuple(tiny_pipelines.MAKERS)
+FAMILIES = tuple(tiny.MAKERS)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -30,7 +29,7 @@ def pixels(family: str) -> Tensor:
 
 
 def saved(family: str, folder: Path, **changes: Any) -> Path:
-    tiny_pipelines.make(family, **changes).save_pretrained(folder)
+    tiny.make(family, **changes).save_pretrained(folder)
     return folder
 
 
@@ -47,7 +46,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def test_an_opened_codec_is_that_of_the_built_pipeline(family: str, tmp_path: Path) -> None:
-    built, opened = codec_of(tiny_pipelines.make(family)), open_codec(str(saved(family, tmp_path)))
+    built, opened = codec_of(tiny.make(family)), open_codec(str(saved(family, tmp_path)))
     prompts = ["a red cat", ""]
     assert same(built.encode_prompts(prompts), opened.encode_prompts(prompts))
     assert same(built.unconditional("grey"), opened.unconditional("grey"))
@@ -58,7 +57,7 @@ def test_an_opened_codec_is_that_of_the_built_pipeline(family: str, tmp_path: Pa
 
 
 def test_decoding_is_what_the_pipeline_shows(family: str) -> None:
-    pipeline = tiny_pipelines.make(family)
+    pipeline = tiny.make(family)
     codec, frames = codec_of(pipeline), {"num_frames": 5} if family == "wan" else {}
     latents = torch.randn(2, *codec.latent_shape(16, 16, frames.get("num_frames")))
     call = {"num_inference_steps": 1, "height": 16, "width": 16, "latents": latents, **frames}
@@ -69,7 +68,7 @@ def test_decoding_is_what_the_pipeline_shows(family: str) -> None:
 
 
 def test_encoding_is_undone_by_the_scales_of_the_vae(family: str) -> None:
-    pipeline = tiny_pipelines.make(family)
+    pipeline = tiny.make(family)
     codec, images, config = codec_of(pipeline), pixels(family), pipeline.vae.config
     mode = pipeline.vae.encode(images).latent_dist.mode()
     if family == "wan":
@@ -85,7 +84,7 @@ def test_encoding_is_undone_by_the_scales_of_the_vae(family: str) -> None:
 
 
 def test_the_vae_of_a_playground_has_a_mean_and_a_deviation() -> None:
-    pipeline = tiny_pipelines.make("sdxl")
+    pipeline = tiny.make("sdxl")
     pipeline.vae.register_to_config(latents_mean=[0.5, -0.5, 1.0, 0.0], latents_std=[2.0, 1.0, 4.0, 0.5])
     call = {"num_inference_steps": 1, "height": 16, "width": 16, "return_dict": False}
     call["latents"] = torch.randn(1, 4, 8, 8)
@@ -94,7 +93,7 @@ def test_the_vae_of_a_playground_has_a_mean_and_a_deviation() -> None:
 
 
 def test_a_codec_is_frozen_and_stays_in_evaluation_mode(family: str) -> None:
-    codec = codec_of(tiny_pipelines.make(family))
+    codec = codec_of(tiny.make(family))
     assert not any(p.requires_grad for p in codec.parameters()) and len(list(codec.parameters())) > 50
     owner = nn.ModuleList([codec]).train()
     assert owner.training and not any(module.training for module in codec.modules())
@@ -102,14 +101,14 @@ def test_a_codec_is_frozen_and_stays_in_evaluation_mode(family: str) -> None:
 
 
 def test_decoding_has_a_gradient_in_the_latents(family: str) -> None:
-    codec = codec_of(tiny_pipelines.make(family))
+    codec = codec_of(tiny.make(family))
     latents = codec.encode(pixels(family)).requires_grad_()
     codec.decode(latents).square().mean().backward()
     assert latents.grad is not None and latents.grad.abs().max() > 0
 
 
 def test_no_prompt_is_zeros_where_the_pipeline_says_so() -> None:
-    zeros, words = (codec_of(tiny_pipelines.make("sdxl", zeros=zeros)) for zeros in (True, False))
+    zeros, words = (codec_of(tiny.make("sdxl", zeros=zeros)) for zeros in (True, False))
     assert all((value == 0).all() for value in zeros.unconditional().inputs.values())
     for codec, negative in ((words, ""), (words, "grey"), (zeros, "grey")):
         row, cond = codec.unconditional(negative), codec.encode_prompts([negative])
@@ -117,20 +116,20 @@ def test_no_prompt_is_zeros_where_the_pipeline_says_so() -> None:
 
 
 def test_sizes_are_told_as_target_and_uncropped() -> None:
-    codec = codec_of(tiny_pipelines.make("sdxl"))
+    codec = codec_of(tiny.make("sdxl"))
     assert codec.encode_prompts(["a", "b"]).inputs["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
     assert codec.encode_prompts(["a"], size=(24, 32)).inputs["time_ids"].tolist() == [[24, 32, 0, 0, 24, 32]]
 
 
 def test_wan_sees_zeros_after_the_prompt() -> None:
-    (value,) = codec_of(tiny_pipelines.make("wan")).encode_prompts(["abc"]).inputs.values()
+    (value,) = codec_of(tiny.make("wan")).encode_prompts(["abc"]).inputs.values()
     assert value.shape == (1, 512, 16) and value[0, :4].abs().amin(1).all() and (value[0, 4:] == 0).all()
 
 
-@pytest.mark.parametrize("family, limit", [("sd15", 16), ("sdxl", 16), ("sd3", 16), ("wan", 512)])
+@pytest.mark.parametrize("family, limit", [("sd15", 77), ("sdxl", 77), ("sd3", 77), ("wan", 512)])
 def test_a_long_prompt_is_refused_unless_truncated(family: str, limit: int) -> None:
     changes = {"long_prompts": False} if family == "sd3" else {}  # its T5 would read on
-    codec, marks = codec_of(tiny_pipelines.make(family, **changes)), 1 if family == "wan" else 2
+    codec, marks = codec_of(tiny.make(family, **changes)), 1 if family == "wan" else 2
     fits, long = "x" * (limit - marks), "x" * (limit - marks + 1)
     codec.encode_prompts([fits])
     for encode in (lambda: codec.encode_prompts([fits, long]), lambda: codec.unconditional(long)):
@@ -155,7 +154,7 @@ def test_a_long_prompt_is_refused_unless_truncated(family: str, limit: int) -> N
     ],
 )
 def test_a_missing_component_is_named(family: str, part: str, tmp_path: Path) -> None:
-    pipeline = tiny_pipelines.make(family)
+    pipeline = tiny.make(family)
     pipeline.register_modules(**{part: None})
     with pytest.raises(UserError, match=f"this .*Pipeline has no {part}: prompts and images need vae, text_encoder"):
         codec_of(pipeline)
@@ -172,7 +171,8 @@ def test_a_missing_component_is_named(family: str, part: str, tmp_path: Path) ->
 def test_stable_diffusion_3_may_lack_its_t5(node: Any, tmp_path: Path) -> None:
     folder = rewritten(saved("sd3", tmp_path, long_prompts=False), text_encoder_3=node, tokenizer_3=node)
     value = open_codec(str(folder)).encode_prompts(["a cat"]).inputs["encoder_hidden_states"]
-    assert value.shape == (1, 16 + 256, 24) and (value[:, 16:] == 0).all() and value[:, :16].any()
+    clips = tiny.LENGTH
+    assert value.shape == (1, clips + 256, 24) and (value[:, clips:] == 0).all() and value[:, :clips].any()
 
 
 def test_a_t5_that_was_lost_is_not_replaced_by_zeros(tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_two_denoisers_are_refused(tmp_path: Path) -> None:
 )
 def test_a_size_that_would_be_rounded_is_refused(family: str, size: tuple[int, ...], match: str) -> None:
     with pytest.raises(UserError, match=match):
-        codec_of(tiny_pipelines.make(family)).latent_shape(*size)
+        codec_of(tiny.make(family)).latent_shape(*size)
 
 
 def test_latents_have_the_shape_of_the_pipeline() -> None:
-    shapes = {family: codec_of(tiny_pipelines.make(family)) for family in ("sd15", "sd3", "wan")}
+    shapes = {family: codec_of(tiny.make(family)) for family in ("sd15", "sd3", "wan")}
     assert shapes["sd15"].latent_shape(16, 24) == (4, 8, 12) == shapes["sd3"].latent_shape(16, 24)
     assert shapes["wan"].latent_shape(32, 16, 9) == (4, 3, 4, 2) and isinstance(shapes["wan"], Codec)

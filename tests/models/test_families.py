@@ -7,21 +7,20 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny_pipelines
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.core.batch import Condition
 from fewstep.core.schedule import VP, Flow
-from fewstep.models import schedulers
+from fewstep.models import schedulers, tiny
 from fewstep.models.backbone import Guided
 from fewstep.models.codec import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared
 
-FAMILIES = tuple(tiny_pipelines.MAKERS)
+FAMILIES = tuple(tiny.MAKERS)
 PROMPTS = ["a red cat", "two dogs"]
 T = torch.tensor([0.3, 0.8])
 
@@ -29,7 +28,7 @@ T = torch.tensor([0.3, 0.8])
 @pytest.fixture(params=FAMILIES)
 def pipeline(request: pytest.FixtureRequest) -> Any:
     """A tiny random pipeline of each family."""
-    return tiny_pipelines.make(request.param)
+    return tiny.make(request.param)
 
 
 def denoiser(pipeline: Any) -> nn.Module:
@@ -111,7 +110,7 @@ def test_wan_walks_with_the_scheduler_that_it_ships(steps: int) -> None:
     shipped = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
     )
-    pipeline = tiny_pipelines.make("wan", scheduler=shipped)
+    pipeline = tiny.make("wan", scheduler=shipped)
     theirs, mine = their_walk(pipeline, steps, None), our_walk(pipeline, steps, None)
     for a, b in zip(mine, theirs, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
@@ -119,7 +118,7 @@ def test_wan_walks_with_the_scheduler_that_it_ships(steps: int) -> None:
 
 @pytest.mark.parametrize("family, changes", [*((family, {}) for family in FAMILIES), ("sd3", {"long_prompts": False})])
 def test_a_condition_is_what_the_pipeline_tells_its_denoiser(family: str, changes: dict[str, Any]) -> None:
-    pipeline = tiny_pipelines.make(family, **changes)
+    pipeline = tiny.make(family, **changes)
     told: dict[str, Any] = {}
     hook = lambda module, args, kwargs: told.update(kwargs)
     handle = denoiser(pipeline).register_forward_pre_hook(hook, with_kwargs=True)
@@ -167,7 +166,7 @@ def test_a_stopped_forward_has_the_features_of_a_whole_one(pipeline: Any) -> Non
 
 
 def test_a_tap_of_a_joint_block_is_its_image_stream() -> None:
-    backbone, x, cond = asked(tiny_pipelines.make("sd3"))
+    backbone, x, cond = asked(tiny.make("sd3"))
     given: list[Tensor] = []
     backbone.net.norm_out.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     names = ["transformer_blocks.0", "transformer_blocks.2", "transformer_blocks.2.attn", "pos_embed"]

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from fewstep import build, cli, config, export, measure
 from fewstep.core.errors import UserError
 from fewstep.data.captioned import attributes_of
 from fewstep.data.source import CaptionedSource
+from fewstep.models import tiny
 from fewstep.models.codec import codec_of
 from fewstep.rollout import Rollout
 
@@ -47,7 +47,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def teacher(family: str, where: Path) -> Path:
-    tiny_pipelines.make(family).save_pretrained(where / family)
+    tiny.make(family).save_pretrained(where / family)
     return where / family
 
 
@@ -99,7 +99,7 @@ def test_prompts_are_sampled_from_the_run_and_from_its_export(file: Path, prompt
     [
         ([], "give --prompt"),
         (["--labels", "red disc"], "reads prompts"),
-        (["--prompt", "a very long sentence about a disc"], "tokens, but this model reads"),
+        (["--prompt", "a very long sentence about a disc " * 3], "tokens, but this model reads"),
         (["--prompts-file", "/nowhere.txt"], "cannot be read"),
     ],
 )
@@ -197,7 +197,7 @@ def test_without_its_third_encoder_stable_diffusion_3_is_exported_too(
     file: Path, prompts: Path, tmp_path: Path
 ) -> None:
     """diffusers then has to be told that it is left out, as the card says."""
-    tiny_pipelines.make("sd3", long_prompts=False).save_pretrained(tmp_path / "sd3")
+    tiny.make("sd3", long_prompts=False).save_pretrained(tmp_path / "sd3")
     folder = play(file, tmp_path / "runs", f"model.teacher={tmp_path / 'sd3'}", f"data.source={prompts}") / "export"
     said = 'from_pretrained(".", text_encoder_3=None, tokenizer_3=None)'
     assert said in (folder / "README.md").read_text()

@@ -26,9 +26,17 @@ CURVE, WEIGHT = 1e-5, 2e-5
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+# accelerate starts a single process without --multi_gpu, which only says that there are several and needs no GPU.
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+}
+
+
+def launched(by: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes of one thread each, on this machine."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    start = [sys.executable, "-m", *LAUNCHERS[by].split(), *arguments]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(start, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
 
@@ -40,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = make(SCENES["dmd2"])
     play(one, SCENES["dmd2"], range(3))
     save(one, folder / "by_one", 3)
-    done = torchrun(str(Path(__file__).with_name("ranks.py")), str(folder))
+    done = launched("torchrun", str(Path(__file__).with_name("ranks.py")), str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -128,10 +136,11 @@ def test_children_come_before_the_blocks_that_hold_them() -> None:
             assert not {id(later) for later in blocks[i + 1 :]} & {id(part) for part in block.modules()}
 
 
-def test_the_command_line_under_torchrun(tiny_teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_the_command_line_under_a_launcher(launcher: str, tiny_teacher: Path, tmp_path: Path) -> None:
     quick = ["steps=3", "batch=4", "save.every=2", "evals.every=3", "evals.samples=0", "device=cpu"]
     train = ["-m", "fewstep.cli", "train", "configs/scenes/dmd2.yaml", f"model.teacher={tiny_teacher}", *quick]
-    done = torchrun(*train, "--out", str(tmp_path))
+    done = launched(launcher, *train, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     (run,) = tmp_path.iterdir()
     assert {"config.yaml", "log.jsonl", "report.html", "comparison.png"} <= {path.name for path in run.iterdir()}

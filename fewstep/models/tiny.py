@@ -1,7 +1,12 @@
-"""Random pipelines of the text families, built from configurations alone: a few kilobytes, no file, no network."""
+"""Random pipelines of the text families, built from configurations alone: a few megabytes, no file, no network.
+
+What matters of a family is kept: the classes, the kind of prediction, the schedule, what the denoiser is told and the
+scales of the VAE. Its weights are drawn, so its images mean nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -10,7 +15,9 @@ import torch
 import transformers
 from torch import nn
 
-LENGTH = 16  # tokens a CLIP of these pipelines reads
+from fewstep.core.errors import UserError
+
+LENGTH = 77  # tokens that a CLIP reads, as the published ones do
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 START, END = "<|startoftext|>", "<|endoftext|>"
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -171,13 +178,33 @@ def wan(scheduler: Any = None) -> Any:
     )
 
 
-MAKERS = {
+MAKERS: dict[str, Callable[..., Any]] = {
     "sd15": stable_diffusion,
     "sd21": lambda: stable_diffusion("v_prediction"),
     "sdxl": stable_diffusion_xl,
     "sd3": stable_diffusion_3,
     "wan": wan,
 }
+
+
+# The hub ids whose classes a family has; what a name stands for cannot be asked without a network.
+STANDS_FOR: dict[str, str] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+    "stabilityai/stable-diffusion-3.5-large": "sd3",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan",
+}
+
+
+def family_of(source: str) -> str:
+    """The family of a hub id. Raises UserError for an id that no tiny pipeline stands for."""
+    if source not in STANDS_FOR:
+        raise UserError(f"no tiny pipeline stands for '{source}': there is one for each of {', '.join(STANDS_FOR)}")
+    return STANDS_FOR[source]
 
 
 def make(family: str, **changes: Any) -> Any:

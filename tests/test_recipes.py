@@ -1,0 +1,295 @@
+"""Recipes for published teachers: their numbers are the sources', and --tiny trains, samples and exports each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from fewstep import cli, config, export, measure, runner
+from fewstep.models import tiny
+from fewstep.models.codec import codec_of
+from fewstep.train import checkpoint
+
+RECIPES = {path.stem: path for path in sorted(Path("configs/recipes").glob("*.yaml"))}
+ADAMW = {"betas": [0.9, 0.999], "weight_decay": 0.01, "clip": 10.0}  # DMD2, main/train_sd.py and --max_grad_norm
+# The layers that DMD2 (main/sd_unified_model.py) and LCM-LoRA adapt.
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+LAYERS += ["conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"]
+DMD2_LORA = {"rank": 64, "alpha": 8.0, "targets": LAYERS}  # rank and alpha are the defaults of main/train_sd.py
+LCM_LORA = {"rank": 64, "alpha": 64.0, "targets": LAYERS}
+RTDMD_PLAYER = {"lr": 3e-5, "betas": [0.9, 0.999], "weight_decay": 0.0, "clip": 1.0}
+
+# What the sources that the headers name say, stage by stage.
+PUBLISHED: dict[str, list[dict[str, Any]]] = {
+    # tianweiy/DMD2, experiments/sdv1.5: lr1e-5..dfake10_from_scratch.sh and lr5e-7..gan1e-3..resume_fixdata.sh
+    "sd15_dmd2": [
+        {"steps": 39_000, "batch": 64 * 32, "model": {"guidance": 1.75, "steps": 1}, "data": {"resolution": 512}}
+        | {"objective": {"ratio": 10, "gan_weight": 0.0, "times": {"low": 0.02, "high": 0.98}}}
+        | {"players": {"generator": {"lr": 1e-5, **ADAMW}, "fake_score": {"lr": 1e-5, **ADAMW}}},
+        {"steps": 2_000, "batch": 64 * 32, "objective": {"ratio": 10, "gan_weight": 1e-3, "gan_critic_weight": 1e-2}}
+        | {"players": {"generator": {"lr": 5e-7, **ADAMW}, "fake_score": {"lr": 5e-7, **ADAMW}}},
+    ],
+    # tianweiy/DMD2, experiments/sdxl: ..lr5e-7_denoising4step_diffusion1000_gan5e-3_guidance8_noinit_noode_backsim..sh
+    "sdxl_dmd2": [
+        {"steps": 19_000, "batch": 64 * 2, "model": {"guidance": 8.0, "steps": 4}, "data": {"resolution": 1024}}
+        | {"objective": {"ratio": 5, "gan_weight": 5e-3, "gan_critic_weight": 1e-2, "backward_simulation": True}}
+        | {"players": {"generator": {"lr": 5e-7, **ADAMW}, "fake_score": {"lr": 5e-7, **ADAMW}}}
+    ],
+    # the same, ..lr5e-5..scratch_lora.sh
+    "sdxl_dmd2_lora": [
+        {"batch": 64 * 2, "model": {"guidance": 8.0, "steps": 4}, "objective": {"ratio": 5, "gan_weight": 5e-3}}
+        | {"players": {role: {"lr": 5e-5, **ADAMW, "lora": DMD2_LORA} for role in ("generator", "fake_score")}}
+    ],
+    # the same, sdxl_lr1e-5_8node_ode_pretraining_10k_cond399.sh and sdxl_cond399_8node_lr5e-7_1step..sh
+    "sdxl_dmd2_one_step": [
+        {"steps": 2_000, "batch": 64 * 4, "model": {"guidance": 8.0, "steps": 1}, "pairs": {"count": 10_000}}
+        | {"players": {"generator": {"lr": 1e-5, **ADAMW}}},
+        {"steps": 24_000, "batch": 64 * 2, "objective": {"ratio": 5, "gan_weight": 5e-3, "gan_critic_weight": 1e-2}}
+        | {"players": {"generator": {"lr": 5e-7, **ADAMW}, "fake_score": {"lr": 5e-7, **ADAMW}}},
+    ],
+    # diffusers, examples/consistency_distillation: README_sdxl.md and the script's defaults
+    "sdxl_lcm_lora": [
+        {"steps": 1_000, "batch": 12, "model": {"guidance": 1 + (3 + 15) / 2}, "data": {"resolution": 1024}}
+        | {"objective": {"grid": {"count": 50}, "solver": "euler", "target": "self", "distance": "huber"}}
+        | {"players": {"generator": {"lr": 1e-4, "weight_decay": 0.0, "clip": 1.0, "lora": LCM_LORA}}}
+    ],
+    "sd15_lcm_lora": [
+        {"steps": 1_000, "batch": 12, "model": {"guidance": 1 + (5 + 15) / 2}, "data": {"resolution": 512}}
+        | {"players": {"generator": {"lr": 1e-4, "weight_decay": 0.0, "clip": 1.0, "lora": LCM_LORA}}}
+    ],
+    # Harahan/RTDMD, configs/cold_start/sd35m.yaml
+    "sd35_dmd2": [
+        {"steps": 100_000, "batch": 9, "model": {"guidance": 4.5, "steps": 4}, "data": {"resolution": 512}}
+        | {"objective": {"ratio": 10, "times": {"low": 0.02, "high": 0.98}, "critic_times": {"law": "logit_normal"}}}
+        | {
+            "players": {"generator": {**RTDMD_PLAYER, "ema": 0.99, "lora": {"rank": 32, "alpha": 64.0}}}
+            | {"fake_score": {**RTDMD_PLAYER, "lora": {"rank": 32, "alpha": 64.0}}}
+        }
+    ],
+    # NVlabs/FastGen, WanT2V/config_dmd2.py
+    "wan21_dmd2": [
+        {"steps": 6_000, "batch": 64, "model": {"guidance": 5.0, "steps": 4, "shift": 5.0}, "data": {"frames": 81}}
+        | {"objective": {"ratio": 5, "critic_on_generator_step": False, "times": {"low": 1e-3, "high": 0.999}}}
+        | {"players": {"generator": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}}}
+    ],
+    # arXiv:2510.27684
+    "wan21_phased_dmd": [
+        {"batch": 64, "model": {"guidance": 4.0, "steps": 4}, "objective": {"phases": 2, "ratio": 5}}
+        | {"players": {"generator": {"lr": 5e-5, "lora": {"rank": 64, "alpha": 8.0}}, "fake_score": {"lr": 4e-7}}}
+    ],
+    # the cards of XCLiu/2_rectified_flow_from_sd_1_5 and XCLiu/instaflow_0_9B_from_sd_1_5
+    "sd15_instaflow": [
+        {"steps": 70_000, "batch": 64, "objective": {"phase": "reflow"}, "data": {"resolution": 512}},
+        {"steps": 25_000, "batch": 1024, "objective": {"phase": "reflow"}},
+        {"steps": 21_500, "batch": 1024, "objective": {"phase": "distill", "distance": "l2"}, "model": {"steps": 1}},
+    ],
+}
+
+
+def play(recipe: str, out: Path, *more: str) -> Path:
+    """The run folder of a recipe tried with --tiny."""
+    assert cli.main(["train", str(RECIPES[recipe]), "--tiny", *more, f"--out={out}"]) == 0
+    (folder,) = out.iterdir()
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command line says to a mistake: one sentence, exit code 2, no traceback."""
+    assert cli.main(list(arguments)) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("fewstep: ") and "Traceback" not in said
+    return said
+
+
+def holds(node: Any, expected: Any) -> bool:
+    if not isinstance(expected, dict):
+        return node == (pytest.approx(expected, rel=1e-9) if isinstance(expected, float) else expected)
+    return all(holds(node[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_numbers_are_the_published_ones(recipe: str) -> None:
+    stages = config.load(RECIPES[recipe])
+    assert len(stages) == len(PUBLISHED[recipe])
+    for stage, published in zip(stages, PUBLISHED[recipe], strict=True):
+        plain = OmegaConf.to_container(OmegaConf.create(config.to_yaml(stage)))
+        assert [key for key, value in published.items() if not holds(plain[key], value)] == []  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_header_says_the_command_the_source_and_that_it_was_never_run(recipe: str) -> None:
+    text = RECIPES[recipe].read_text()
+    header = " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    assert text.startswith(f"# fewstep train configs/recipes/{recipe}.yaml ") and "add --tiny" in header
+    assert re.search(r"Source[^.]*: .*(arXiv:\d{4}\.\d{5}|https://\S+)", header)
+    assert "Never run at full size here." in header
+
+
+def stages_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("stage_*")) or [folder]
+
+
+def two_real_steps(stage: Path) -> None:
+    """Both were saved, and between them some weights of a player changed and all stayed finite."""
+    saved = checkpoint.available(stage / "checkpoints")
+    assert [path.name for path in saved] == ["0000001", "0000002"]
+    before, after = (load_file(path / checkpoint.STATE) for path in saved)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(value.isfinite().all() for value in after.values())
+    (settings,) = config.load(stage / "config.yaml")
+    moves = checkpoint.verify(saved[-1])["moves"]
+    assert set(moves) == set(settings.players) and all(moves.values())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains_samples_and_reloads_in_plain_diffusers(recipe: str, tmp_path: Path) -> None:
+    """The exported folder's latents equal our sampler's from the same noise, to 1e-4 of the largest."""
+    folder = play(recipe, tmp_path / "runs")
+    for stage in stages_of(folder):
+        two_real_steps(stage)
+    picture = tmp_path / "x.png"
+    assert cli.main(["sample", str(folder), "--prompt", "a red disc", "--count", "1", f"--out={picture}"]) == 0
+    assert picture.stat().st_size > 0
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    run = export.load_run(folder)
+    frames = {"num_frames": run.config.data.frames} if run.config.data.frames else {}
+    asked = {"height": 16, "width": 16, "num_inference_steps": len(run.rollout), "guidance_scale": 1.0, **frames}
+    noise = torch.Generator().manual_seed(3)
+    theirs = pipeline("a disc", **asked, generator=noise, output_type="latent", return_dict=False)[0]
+    told = codec_of(pipeline).encode_prompts(["a disc"], size=(16, 16))
+    net, rollout = measure.student(run)
+    again = export.SameNoise(3, 1)
+    with torch.no_grad():
+        ours = rollout(net, again.normal("", run.shape), told, again).x0  # type: ignore[arg-type]
+    assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+
+
+def test_an_interrupted_tiny_run_resumes_to_the_same_bits(tmp_path: Path, monkeypatch, capsys) -> None:
+    whole = play("sd15_lcm_lora", tmp_path / "whole", "save.export=false")
+    after = runner.Training.after
+
+    def stopped(self: runner.Training, step: int, logs: Any) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return after(self, step, logs)
+
+    given = ["train", str(RECIPES["sd15_lcm_lora"]), "--tiny", "save.export=false", f"--out={tmp_path / 'cut'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.Training, "after", stopped)
+        assert "stopped by SIGTERM; saved in " in refused(capsys, *given)
+    (folder,) = (tmp_path / "cut").iterdir()
+    assert [path.name for path in checkpoint.available(folder / "checkpoints")] == ["0000001"]
+    assert cli.main([*given, "--resume", str(folder)]) == 0
+    last = Path("checkpoints") / "0000002" / checkpoint.STATE
+    assert checkpoint.sha256(folder / last) == checkpoint.sha256(whole / last)
+
+
+def test_tiny_says_what_it_will_do_and_leaves_what_is_overridden(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(RECIPES["wan21_dmd2"])
+    assert cli.main(["config", recipe, "--tiny", "steps=5", "name=mine"]) == 0
+    shown = config.load(RECIPES["wan21_dmd2"])[0]
+    (made,) = [OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))]
+    assert isinstance(made, dict) and (made["name"], made["steps"], made["batch"]) == ("mine", 5, 2)
+    assert (made["data"]["source"], made["data"]["resolution"], made["data"]["frames"]) == ("captioned", 16, 5)
+    assert made["model"] == OmegaConf.to_container(OmegaConf.structured(shown.model))
+    assert cli.main(["train", recipe, "--tiny", "--dry-run"]) == 0
+    assert "player fake_score: " in capsys.readouterr().out
+
+
+NOT_TINY = {
+    "configs/scenes/dmd2.yaml": "model.teacher=assets/teachers/scenes-flow is a folder that is here",
+    "configs/teachers/flow16.yaml": "this config has no model.teacher",
+    "configs/recipes/sd15_dmd2.yaml model.teacher=somebody/some-model": "no tiny pipeline stands for 'somebody/some-m",
+}
+
+
+@pytest.mark.parametrize("given", NOT_TINY)
+def test_what_no_tiny_model_can_stand_for(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "train", *given.split(), "--tiny", f"--out={tmp_path / 'runs'}")
+    assert NOT_TINY[given] in said and not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_without_its_hub_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    given = [str(RECIPES["sdxl_dmd2"]), "data.source=captioned", f"--out={tmp_path}"]
+    assert "the hub has no pipeline of that name within reach" in refused(capsys, "train", *given)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny pipeline folders by family."""
+    root = tmp_path_factory.mktemp("families")
+    for family in ("sd15", "wan"):
+        tiny.make(family).save_pretrained(root / family)
+    return {family: root / family for family in ("sd15", "wan")}
+
+
+LONG = "a very long sentence about a red disc above a green ring, " * 20
+# Family, the part of its folder that is taken away, overrides -> what is said.
+MISTAKES: dict[str, tuple[str, str, list[str], str]] = {
+    "no vae": ("sd15", "vae", [], "has no vae: prompts and images need vae, text_encoder, tokenizer"),
+    "no text encoder": ("sd15", "text_encoder", [], "has no text_encoder: "),
+    "no tokenizer": ("wan", "tokenizer", [], "has no tokenizer: "),
+    "no denoiser": ("sd15", "unet", [], "UNet2DConditionModel cannot be loaded from "),
+    "resolution": ("sd15", "", ["data.resolution=15"], "images of 15x15 were asked for, but sizes are multiples of 2"),
+    "resolution of a video": ("wan", "", ["data.frames=5", "data.resolution=24"], "sizes are multiples of 16"),
+    "frames": ("wan", "", ["data.frames=4"], "4 frames were asked for, but this model makes videos of a multiple of 4"),
+    "no frames": ("wan", "", [], "no frames were asked for"),
+    "frames of an image": (
+        "sd15",
+        "",
+        ["data.frames=5"],
+        "5 frames were asked for, but this model makes single images",
+    ),
+    "prompt": ("sd15", "", [], "tokens, but this model reads 77, its marks included: shorten it"),
+    "prompt of a video": ("wan", "", ["data.frames=5"], "tokens, but this model reads 512"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_with_families_end_with_one_sentence(
+    mistake: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family, part, overrides, expected = MISTAKES[mistake]
+    teacher = shutil.copytree(folders[family], tmp_path / "teacher")
+    if part:
+        shutil.rmtree(teacher / part)
+    (tmp_path / "prompts.txt").write_text(LONG if mistake.startswith("prompt") else "a disc")
+    small = [f"model.teacher={teacher}", f"data.source={tmp_path / 'prompts.txt'}", "data.resolution=16", "batch=2"]
+    given = ["configs/scenes/dmd2.yaml", "objective.gan_weight=0", *small, *overrides]
+    assert expected in refused(capsys, "train", *given, f"--out={tmp_path / 'runs'}")
+
+
+FOREIGN = {
+    "FluxTransformer2DModel": (
+        "transformer",
+        "has no row for the class 'FluxTransformer2DModel': it can use DiT",
+    ),
+    "UNet2DConditionModel": ("unet", "no codec for the pipeline 'FluxPipeline': it can use StableDiffusionPipeline"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_family_is_named(kind: str, folders: dict[str, Path], tmp_path: Path, capsys) -> None:
+    part, expected = FOREIGN[kind]
+    teacher = shutil.copytree(folders["sd15"], tmp_path / "teacher")
+    index = {"_class_name": "FluxPipeline", part: ["diffusers", kind], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (teacher / "model_index.json").write_text(json.dumps(index))
+    given = ["configs/scenes/dmd2.yaml", f"model.teacher={teacher}", f"--out={tmp_path / 'runs'}"]
+    assert expected in refused(capsys, "train", *given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(folders: dict[str, Path], tmp_path: Path, capsys) -> None:
+    given = ["configs/scenes/dmd2.yaml", f"model.teacher={folders['sd15']}", "device=cuda", f"--out={tmp_path}"]
+    assert "device: cuda was asked for, but torch sees no GPU here: use cpu or auto" in refused(capsys, "train", *given)
