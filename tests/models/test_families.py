@@ -7,7 +7,6 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny_pipelines
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,81 +19,13 @@ from fewstep.models.codec import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared
-
-FAMILIES = tuple(tiny_pipelines.MAKERS)
-PROMPTS = ["a red cat", "two dogs"]
-T = torch.tensor([0.3, 0.8])
+from tests.families import FAMILIES, PROMPTS, T, asked, denoiser, our_walk, their_walk, tiny, video
 
 
 @pytest.fixture(params=FAMILIES)
 def pipeline(request: pytest.FixtureRequest) -> Any:
     """A tiny random pipeline of each family."""
-    return tiny_pipelines.make(request.param)
-
-
-def denoiser(pipeline: Any) -> nn.Module:
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-
-
-def video(pipeline: Any) -> bool:
-    return isinstance(pipeline, diffusers.WanPipeline)
-
-
-def backbone_of(pipeline: Any, negative: str = "") -> DiffusersBackbone:
-    schedule, kind = schedulers.read(pipeline.scheduler)
-    row = codec_of(pipeline).unconditional(negative)
-    return DiffusersBackbone(denoiser(pipeline), schedule, kind, unconditional=row)
-
-
-def sized(pipeline: Any) -> dict[str, int]:
-    """The size that the tiny networks and the default conditions are made for."""
-    return {"height": 16, "width": 16, **({"num_frames": 5} if video(pipeline) else {})}
-
-
-def noise_for(pipeline: Any) -> Tensor:
-    shape = codec_of(pipeline).latent_shape(16, 16, 5 if video(pipeline) else None)
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-
-
-def asked(pipeline: Any) -> tuple[DiffusersBackbone, Tensor, Condition]:
-    """The backbone of a pipeline and something to ask it."""
-    return backbone_of(pipeline), noise_for(pipeline), codec_of(pipeline).encode_prompts(PROMPTS)
-
-
-def their_walk(pipeline: Any, steps: int, negative: str | None, **given: Any) -> list[Tensor]:
-    """The latents after every step of the pipeline's own loop."""
-    seen: list[Tensor] = []
-
-    def keep(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append(tensors["latents"].clone())
-        return tensors
-
-    pipeline(
-        PROMPTS,
-        negative_prompt=None if negative is None else [negative] * len(PROMPTS),
-        num_inference_steps=steps,
-        output_type="latent",
-        callback_on_step_end=keep,
-        callback_on_step_end_tensor_inputs=["latents"],
-        **{"guidance_scale": 5.0, "latents": noise_for(pipeline), **sized(pipeline), **given},
-    )
-    return seen
-
-
-@torch.no_grad()
-def our_walk(pipeline: Any, steps: int, negative: str | None) -> list[Tensor]:
-    """The latents after every step of the same scheduler with our guided backbone."""
-    guided = Guided(backbone_of(pipeline, negative or ""), 5.0)
-    cond, scheduler, seen = codec_of(pipeline).encode_prompts(PROMPTS), copy.deepcopy(pipeline.scheduler), []
-    scheduler.set_timesteps(steps)
-    x = noise_for(pipeline) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for timestep in scheduler.timesteps:
-        told = (timestep + 1 if isinstance(guided.schedule, VP) else timestep) / 1000
-        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-        value = guided(scaled, told.float().expand(len(x)), cond).value
-        x = scheduler.step(value, timestep, x, return_dict=False)[0]
-        seen.append(x)
-    return seen
+    return tiny.make(request.param)
 
 
 @pytest.mark.parametrize("negative", [None, "a blue car"])
@@ -111,7 +42,7 @@ def test_wan_walks_with_the_scheduler_that_it_ships(steps: int) -> None:
     shipped = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
     )
-    pipeline = tiny_pipelines.make("wan", scheduler=shipped)
+    pipeline = tiny.make("wan", scheduler=shipped)
     theirs, mine = their_walk(pipeline, steps, None), our_walk(pipeline, steps, None)
     for a, b in zip(mine, theirs, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
@@ -119,7 +50,7 @@ def test_wan_walks_with_the_scheduler_that_it_ships(steps: int) -> None:
 
 @pytest.mark.parametrize("family, changes", [*((family, {}) for family in FAMILIES), ("sd3", {"long_prompts": False})])
 def test_a_condition_is_what_the_pipeline_tells_its_denoiser(family: str, changes: dict[str, Any]) -> None:
-    pipeline = tiny_pipelines.make(family, **changes)
+    pipeline = tiny.make(family, **changes)
     told: dict[str, Any] = {}
     hook = lambda module, args, kwargs: told.update(kwargs)
     handle = denoiser(pipeline).register_forward_pre_hook(hook, with_kwargs=True)
@@ -167,7 +98,7 @@ def test_a_stopped_forward_has_the_features_of_a_whole_one(pipeline: Any) -> Non
 
 
 def test_a_tap_of_a_joint_block_is_its_image_stream() -> None:
-    backbone, x, cond = asked(tiny_pipelines.make("sd3"))
+    backbone, x, cond = asked(tiny.make("sd3"))
     given: list[Tensor] = []
     backbone.net.norm_out.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     names = ["transformer_blocks.0", "transformer_blocks.2", "transformer_blocks.2.attn", "pos_embed"]
