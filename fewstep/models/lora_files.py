@@ -65,8 +65,8 @@ def fuse(pipeline: Any, net: nn.Module, source: str, scale: float = 1.0) -> dict
     try:
         pipeline.load_lora_weights(file, adapter_name="user", use_safetensors=True)
         parts = {name: part for name, part in pipeline.components.items() if _wears(part)}
-        if not parts:
-            raise ValueError("none of its layers is in this model")
+        if (meant := _parts_of(pipeline, file)) != set(parts):
+            raise ValueError(f"it is for {', '.join(sorted(meant))} and fits {', '.join(sorted(parts)) or 'none'}")
         gained = {name: factors_of(part.float(), "user", scale) for name, part in parts.items()}
         pipeline.fuse_lora(components=list(parts), lora_scale=scale)
         pipeline.unload_lora_weights()
@@ -80,6 +80,12 @@ def fuse(pipeline: Any, net: nn.Module, source: str, scale: float = 1.0) -> dict
         setattr(pipeline, denoiser, shaped)
     whole = {name: factors for name, factors in gained.items() if factors is not None}
     return whole if len(whole) == len(gained) else None
+
+
+def _parts_of(pipeline: Any, file: str) -> set[str]:
+    """The parts of a pipeline that a LoRA names; diffusers leaves those out that it does not find."""
+    state = pipeline.lora_state_dict(file, use_safetensors=True, return_lora_metadata=True)[0]
+    return {key.split(".")[0] for key in state}
 
 
 def _wears(part: Any) -> bool:
