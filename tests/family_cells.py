@@ -37,7 +37,9 @@ ROOT = Path(__file__).parents[1]
 ROUNDING = 2e-5
 """Float32 sums in another order, over two or three steps of an optimizer, relative."""
 IDLE = re.compile(r"attentions\.\d\.to_k\.bias$|transformer_blocks\.2\.attn\.(add_q_proj|norm_added_q)\.")
-"""Without a gradient: softmax does not see a bias of all keys, and the text queries of SD3's last block have no reader."""
+"""Without a gradient: softmax does not see a bias of all keys, and nobody reads the text of SD3's last block."""
+LAST = {"sd3": "transformer_blocks.2", "wan": "blocks.1"}
+"""A late block."""
 T = families.T
 LORA = {"lora": {"rank": 2, "targets": ["to_q", "to_v", "to_out.0"]}}
 
@@ -162,12 +164,13 @@ def lora_critic(bench: Bench) -> str:
 
 
 def stopped(bench: Bench) -> str:
-    """A forward that stops at the discriminator's block has the features of a whole one, to the bit."""
+    """A forward that stops behind two tapped blocks has the features of a whole one, to the bit."""
     backbone, x, cond = bench.asked()
-    tap = backbone.tap
-    whole, part = backbone(x, T, cond, taps=(tap,)), backbone(x, T, cond, taps=(tap,), stop=True)
-    assert part.value.numel() == 0 and torch.equal(whole.features[tap], part.features[tap])
-    assert torch.equal(whole.value, backbone(x, T, cond).value)
+    names = list(dict.fromkeys([backbone.tap, LAST.get(bench.family, "up_blocks.0")]))
+    whole, part = backbone(x, T, cond, taps=names), backbone(x, T, cond, taps=names, stop=True)
+    assert part.value.numel() == 0 and torch.equal(whole.value, backbone(x, T, cond).value)
+    assert list(whole.features) == list(part.features) == names
+    assert all(torch.equal(whole.features[name], part.features[name]) for name in names)
     return "0"
 
 
