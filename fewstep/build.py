@@ -26,6 +26,7 @@ from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided, Routed
 from fewstep.models.codec import Codec, open_codec
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.lora import Factors
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, transition
@@ -45,6 +46,8 @@ class Teacher:
     shift: float
     codec: Codec | None = None
     unconditional: Condition | None = None
+    gained: dict[str, Factors] | None = None
+    """what model.lora added to the parts of the pipeline, where a LoRA can say so"""
 
     def backbone(self, net: nn.Module | None = None) -> DiffusersBackbone:
         return DiffusersBackbone(net or self.net, self.schedule, self.kind, self.null_label, self.unconditional)
@@ -150,10 +153,11 @@ def build_teacher(config: Config, labels: int, weights: bool = True) -> Teacher:
     backbone = DiffusersBackbone(loaded.net, schedule, kind)
     null_label = _null_label(config, backbone, labels)
     codec = _codec(config, backbone)
+    gained = _wear(config, codec, loaded.net, weights)
     unconditional = codec.unconditional(model.negative_prompt) if codec is not None else None
     shift = model.shift or schedulers.time_shift(scheduler)
     net = loaded.net.float().eval()
-    teacher = Teacher(net, schedule, kind, scheduler, null_label, shift, codec, unconditional)
+    teacher = Teacher(net, schedule, kind, scheduler, null_label, shift, codec, unconditional, gained)
     if model.guidance != 1 and not teacher.guides:
         raise UserError("this teacher has no null class, so it cannot be guided: set model.guidance=1")
     return teacher
@@ -169,6 +173,20 @@ def _codec(config: Config, backbone: DiffusersBackbone) -> Codec | None:
             "a network that reads prompts comes with its text encoders: set model.teacher to the folder of its pipeline"
         )
     return open_codec(teacher, config.model.revision)
+
+
+def _wear(config: Config, codec: Codec | None, net: nn.Module, weights: bool) -> dict[str, Factors] | None:
+    """Fuses model.lora into the denoiser and the text encoders. Raises UserError where there is nothing to wear it."""
+    if config.model.lora is None:
+        return None
+    if codec is None:
+        raise UserError("model.lora goes onto the pipeline of a network that reads prompts: remove it for this network")
+    from fewstep.models import lora_files  # peft, which only adapters need
+
+    if not weights:
+        lora_files.find(config.model.lora)
+        return None
+    return lora_files.fuse(codec.pipeline, net, config.model.lora, config.model.lora_scale)
 
 
 def _shape(teacher: Teacher, config: Config) -> tuple[int, ...]:
@@ -447,6 +465,8 @@ def pairs_recipe(run: Run) -> str:
     model, data = run.config.model, run.config.data
     base = [p for name, p in run.teacher.net.named_parameters() if ".lora_" not in name]
     settings = {"guidance": model.guidance, "negative_prompt": model.negative_prompt, "shift": run.teacher.shift}
+    if model.lora is not None and run.teacher.codec is not None:
+        settings["encoders"] = _sums(run.teacher.codec.encoders.parameters())
     made = {**settings, "weights": _sums(base), "pairs": asdict(run.config.pairs), "data": asdict(data)}
     return json.dumps(made, sort_keys=True)
 

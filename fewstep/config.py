@@ -48,6 +48,10 @@ class ModelConfig:
     """pipeline folder, bare diffusers model folder (then set process and prediction), or hub id"""
     revision: str | None = None
     """branch, tag or commit of a hub id"""
+    lora: str | None = None
+    """a LoRA that the teacher wears: .safetensors file, folder that holds one, or hub id; fused before anything else"""
+    lora_scale: float = 1.0
+    """how strongly"""
     network: dict[str, Any] | None = None
     """instead of a teacher, a new network: `class` and the arguments of that diffusers class"""
     process: ProcessConfig | None = None
@@ -78,6 +82,10 @@ class ModelConfig:
             raise UserError(f"model.shift is a factor above 0, but {self.shift} was given")
         if not 0 <= self.eta <= 1:
             raise UserError(f"model.eta is a share from 0 to 1, but {self.eta} was given")
+        if not math.isfinite(self.lora_scale) or (self.lora_scale != 1 and self.lora is None):
+            raise UserError(
+                f"model.lora_scale is the strength of model.lora, but {self.lora_scale} was given without one"
+            )
         if not 0 <= self.guidance < math.inf:
             raise UserError(f"model.guidance is a number from 0, 1 for none, but {self.guidance} was given")
 

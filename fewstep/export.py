@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fewstep import adapter
 from fewstep import build as building
 from fewstep import config as configs
 from fewstep.build import Run
@@ -21,7 +22,7 @@ from fewstep.config import Config
 from fewstep.core.errors import UserError
 from fewstep.models import schedulers
 from fewstep.models.diffusers import DiffusersBackbone
-from fewstep.models.loading import locate
+from fewstep.models.loading import locate, named
 from fewstep.routes import Pixels, Route, exportable, left_out, part_of, route_of, save_plainly, stock
 from fewstep.train import checkpoint
 
@@ -47,7 +48,9 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     try:
         shutil.rmtree(aside, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_plainly(route.pipeline(net, scheduler, partial(stock, dtype=dtype)), aside)
+        pipeline = route.pipeline(net, scheduler, partial(stock, dtype=dtype))
+        save_plainly(pipeline, aside)
+        adapter.write(run, pipeline, aside, dtype)
         _check(run, backbone, net, route, aside)
         (aside / CARD).write_text(card(run, dtype, route.tag, licence))
         _replace(aside, folder)
@@ -119,7 +122,7 @@ def card(run: Run, dtype: torch.dtype, tag: str = Pixels.tag, licence: str | Non
     header = ModelCardData(
         library_name="diffusers",
         license=licence or _licence(model.teacher, model.revision),
-        base_model=_teacher_name(model.teacher),
+        base_model=named(model.teacher) if model.teacher else None,
         pipeline_tag=tag,
         tags=["fewstep", *(["few-step", "distillation"] if _distilled(run) else [])],
         num_inference_steps=len(run.rollout),
@@ -127,7 +130,8 @@ def card(run: Run, dtype: torch.dtype, tag: str = Pixels.tag, licence: str | Non
         null_label=run.teacher.null_label,
     )
     rows = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(run, dtype).items())])
-    return f"---\n{header.to_yaml()}\n---\n\n# {run.config.name}\n\n{rows}\n\n{_how(run)}\n"
+    told = "\n\n".join(part for part in (rows, _how(run), adapter.how(run)) if part)
+    return f"---\n{header.to_yaml()}\n---\n\n# {run.config.name}\n\n{told}\n"
 
 
 def _facts(run: Run, dtype: torch.dtype) -> dict[str, str]:
@@ -136,7 +140,9 @@ def _facts(run: Run, dtype: torch.dtype) -> dict[str, str]:
     kept = "EMA of the weights" if "ema" in player.followers else "last weights"
     method = f"`{config.objective.name}` with fewstep"  # type: ignore[attr-defined]
     origin = "teacher" if _distilled(run) or not model.teacher else "started from"
-    facts = {origin: f"`{_teacher_name(model.teacher)}`" if model.teacher else "none: trained from data"}
+    facts = {origin: f"`{named(model.teacher)}`" if model.teacher else "none: trained from data"}
+    if model.lora:
+        facts[origin] += f" with the LoRA `{named(model.lora)}` at a scale of {model.lora_scale:g}"
     facts["method"] = f"{method}, {player.moves} optimizer steps, {kept}, stored in {str(dtype).split('.')[-1]}"
     frames = f", {config.data.frames} frames" if config.data.frames else ""
     facts["images"] = f"{side} x {side} pixels{frames}, trained on `{Path(config.data.source).name}`"
@@ -192,11 +198,6 @@ def _how_to_label(run: Run) -> str:
         notes.append(f"Without `class_labels` the pipeline draws labels at random{meaning}; no generator seeds them.")
         notes.append("Labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)) + ".")
     return f"## Sampling\n\n```python\n{code}```\n\n" + "\n\n".join(notes)
-
-
-def _teacher_name(teacher: str | None) -> str | None:
-    """A hub id as it is; of a folder only its name, since where it lies says nothing to others."""
-    return locate(teacher).resolve().name if teacher and locate(teacher).exists() else teacher
 
 
 def _licence(teacher: str | None, revision: str | None) -> str:

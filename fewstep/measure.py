@@ -250,7 +250,7 @@ def stored_row(run: Run, count: int) -> dict[str, Any] | None:
     """The 50-step row that lies beside the teacher, when it was measured by this protocol on these weights."""
     folder = locate(str(run.config.model.teacher))
     record = folder / "evals.json"
-    if not record.is_file():
+    if run.config.model.lora is not None or not record.is_file():
         return None
     stored = json.loads(record.read_text())
     fits = stored.get("guidance") == run.config.model.guidance and stored["weights_sha256"] == weights_sha256(folder)

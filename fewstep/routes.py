@@ -18,7 +18,7 @@ from fewstep.core.errors import UserError
 from fewstep.models.backbone import Routed
 from fewstep.models.codec import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
-from fewstep.models.loading import DENOISERS
+from fewstep.models.loading import part_of
 
 
 class Pixels:
@@ -87,11 +87,6 @@ class Prompted:
 
 
 Route = Pixels | Prompted
-
-
-def part_of(pipeline: Any) -> str:
-    """The name of a pipeline's denoiser."""
-    return next(name for name in DENOISERS if name in pipeline.components)
 
 
 def exportable(run: Run) -> DiffusersBackbone:

@@ -160,7 +160,9 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
         done = checkpoint.load(resume, run.players, run.objective)
         for name in ("log.jsonl", "evals.jsonl"):
             folder.truncate(name, done)
-    folder.write_origin(to_yaml(config), {"source": config.model.teacher, "revision": config.model.revision})
+    model = config.model
+    teacher = {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
+    folder.write_origin(to_yaml(config), teacher)
     skipped = getattr(run.source, "skipped", [])
     if skipped and processes.leads():
         print(f"{len(skipped)} files could not be read and are left out: {', '.join(str(p) for p in skipped[:5])}")

@@ -31,6 +31,11 @@ def locate(source: str) -> Path:
     return Path(source) if Path(source).exists() or not (_ROOT / source).exists() else _ROOT / source
 
 
+def named(source: str) -> str:
+    """A hub id as it is; of a folder or file only its name, since where it lies says nothing to others."""
+    return locate(source).resolve().name if locate(source).exists() else source
+
+
 def _class(name: str) -> Any:
     if name not in FAMILIES:
         raise UserError(f"fewstep has no row for the class '{name}': it can use {', '.join(sorted(FAMILIES))}")
@@ -115,6 +120,11 @@ def find(source: str, revision: str | None = None) -> Pipeline:
             f"there is no folder {source}, and the hub has no pipeline of that name within reach: "
             "check the spelling, or download it and give the folder"
         ) from None
+
+
+def part_of(pipeline: Any) -> str:
+    """The name of an open pipeline's denoiser."""
+    return next(name for name in DENOISERS if name in pipeline.components)
 
 
 def load(source: str, revision: str | None = None, weights: bool = True) -> Loaded:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from fewstep.core.errors import UserError
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""What a LoRA adds to a network: layer -> A (r, in, ..) and B (out, r, ..), its scale inside. The weight gains B A."""
 
 
 @dataclass

@@ -9,7 +9,6 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.core.batch import Condition
 from fewstep.core.schedule import VP, Flow
@@ -19,81 +18,13 @@ from fewstep.models.codec import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared
-
-FAMILIES = tuple(tiny.MAKERS)
-PROMPTS = ["a red cat", "two dogs"]
-T = torch.tensor([0.3, 0.8])
+from tests.families import FAMILIES, PROMPTS, T, asked, denoiser, our_walk, their_walk
 
 
 @pytest.fixture(params=FAMILIES)
 def pipeline(request: pytest.FixtureRequest) -> Any:
     """A tiny random pipeline of each family."""
     return tiny.make(request.param)
-
-
-def denoiser(pipeline: Any) -> nn.Module:
-    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-
-
-def video(pipeline: Any) -> bool:
-    return isinstance(pipeline, diffusers.WanPipeline)
-
-
-def backbone_of(pipeline: Any, negative: str = "") -> DiffusersBackbone:
-    schedule, kind = schedulers.read(pipeline.scheduler)
-    row = codec_of(pipeline).unconditional(negative)
-    return DiffusersBackbone(denoiser(pipeline), schedule, kind, unconditional=row)
-
-
-def sized(pipeline: Any) -> dict[str, int]:
-    """The size that the tiny networks and the default conditions are made for."""
-    return {"height": 16, "width": 16, **({"num_frames": 5} if video(pipeline) else {})}
-
-
-def noise_for(pipeline: Any) -> Tensor:
-    shape = codec_of(pipeline).latent_shape(16, 16, 5 if video(pipeline) else None)
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-
-
-def asked(pipeline: Any) -> tuple[DiffusersBackbone, Tensor, Condition]:
-    """The backbone of a pipeline and something to ask it."""
-    return backbone_of(pipeline), noise_for(pipeline), codec_of(pipeline).encode_prompts(PROMPTS)
-
-
-def their_walk(pipeline: Any, steps: int, negative: str | None, **given: Any) -> list[Tensor]:
-    """The latents after every step of the pipeline's own loop."""
-    seen: list[Tensor] = []
-
-    def keep(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append(tensors["latents"].clone())
-        return tensors
-
-    pipeline(
-        PROMPTS,
-        negative_prompt=None if negative is None else [negative] * len(PROMPTS),
-        num_inference_steps=steps,
-        output_type="latent",
-        callback_on_step_end=keep,
-        callback_on_step_end_tensor_inputs=["latents"],
-        **{"guidance_scale": 5.0, "latents": noise_for(pipeline), **sized(pipeline), **given},
-    )
-    return seen
-
-
-@torch.no_grad()
-def our_walk(pipeline: Any, steps: int, negative: str | None) -> list[Tensor]:
-    """The latents after every step of the same scheduler with our guided backbone."""
-    guided = Guided(backbone_of(pipeline, negative or ""), 5.0)
-    cond, scheduler, seen = codec_of(pipeline).encode_prompts(PROMPTS), copy.deepcopy(pipeline.scheduler), []
-    scheduler.set_timesteps(steps)
-    x = noise_for(pipeline) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for timestep in scheduler.timesteps:
-        told = (timestep + 1 if isinstance(guided.schedule, VP) else timestep) / 1000
-        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-        value = guided(scaled, told.float().expand(len(x)), cond).value
-        x = scheduler.step(value, timestep, x, return_dict=False)[0]
-        seen.append(x)
-    return seen
 
 
 @pytest.mark.parametrize("negative", [None, "a blue car"])
@@ -152,19 +83,6 @@ def test_the_null_condition_keeps_the_sizes_and_the_dials(pipeline: Any) -> None
         other.null(cond)
 
 
-def last_block(pipeline: Any) -> str:
-    return "up_blocks.0" if hasattr(pipeline, "unet") else "blocks.1" if video(pipeline) else "transformer_blocks.2"
-
-
-def test_a_stopped_forward_has_the_features_of_a_whole_one(pipeline: Any) -> None:
-    backbone, x, cond = asked(pipeline)
-    names = list(dict.fromkeys([backbone.tap, last_block(pipeline)]))
-    whole, stopped = backbone(x, T, cond, taps=names), backbone(x, T, cond, taps=names, stop=True)
-    assert stopped.value.numel() == 0 and torch.equal(whole.value, backbone(x, T, cond).value)
-    assert list(whole.features) == list(stopped.features) == names
-    assert all(torch.equal(whole.features[name], stopped.features[name]) for name in names)
-
-
 def test_a_tap_of_a_joint_block_is_its_image_stream() -> None:
     backbone, x, cond = asked(tiny.make("sd3"))
     given: list[Tensor] = []
@@ -180,20 +98,6 @@ def test_the_input_gets_a_gradient_through_guidance(pipeline: Any) -> None:
     x.requires_grad_()
     Guided(backbone, 5.0)(x, T, cond).value.square().mean().backward()
     assert x.grad is not None and x.grad.isfinite().all() and (x.grad.flatten(1).abs().amax(1) > 0).all()
-
-
-def test_forward_derivatives_are_finite_differences(pipeline: Any) -> None:
-    backbone, x, cond = asked(pipeline)
-    backbone.double()
-    cond = Condition({name: value.double() for name, value in cond.inputs.items()})
-    x, t, dx, dt = x.double(), T.double(), torch.randn_like(x).double(), torch.tensor([0.5, -1.0]).double()
-    speak = lambda x, t: backbone(x, t, cond).value
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        for tangents, h in (((dx, torch.zeros_like(dt)), 1e-3), ((torch.zeros_like(dx), dt), 1e-4)):
-            _, exact = torch.func.jvp(speak, (x, t), tangents)
-            forth, back = (speak(x + s * tangents[0], t + s * tangents[1]) for s in (h, -h))
-            assert exact.abs().max() > 0
-            assert (exact - (forth - back) / (2 * h)).norm() < 5e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("name", ["to", "guidance"])
@@ -235,21 +139,3 @@ def test_a_voice_speaks_through_each_family(pipeline: Any) -> None:
     null = backbone.null(cond)
     for net in (voice, copy.deepcopy(voice), voice.fused()):
         assert all(torch.equal(value, null.inputs[name]) for name, value in net.null(cond).inputs.items())
-
-
-def test_a_checkpointed_voice_has_the_gradients_of_a_plain_one(pipeline: Any) -> None:
-    backbone, x, cond = asked(pipeline)
-    shared = voices_of(backbone)
-    critic = shared.as_("critic")
-    for p in critic.parameters():
-        nn.init.normal_(p, std=0.3)
-
-    def gradients() -> list[Tensor]:
-        loss = Guided(critic, 5.0)(x, T, cond).value.square().mean()
-        shared.as_("generator")(x, T, cond)
-        return list(torch.autograd.grad(loss, list(critic.parameters())))
-
-    plain = gradients()
-    shared.enable_gradient_checkpointing()
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, gradients(), strict=True))
-    assert all(p.grad is None for p in backbone.net.parameters()) and max(g.abs().max() for g in plain) > 1e-4

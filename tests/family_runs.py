@@ -1,0 +1,136 @@
+"""A run of every family on its tiny pipeline, played by one process or by two: what the table of families looks at.
+
+torchrun --nproc-per-node 2 tests/family_runs.py FOLDER FAMILY [FAMILY ...]   plays `SHARDED` on two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import diffusers
+import torch
+from torch import Tensor
+
+from fewstep import build, config
+from fewstep.build import Run
+from fewstep.core.batch import Batch, Pair
+from fewstep.core.draw import Draw
+from fewstep.models import schedulers, tiny
+from fewstep.train import checkpoint, parallel, processes
+from fewstep.train.loop import train_step
+
+FAMILIES = ("unet2d", *tiny.MAKERS)
+BATCH = 4
+PLAYER = {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-2, "ema": 0.9}
+"""A large eps keeps Adam's first moves from following the sign of rounding errors."""
+DMD2 = {"name": "dmd2", "ratio": 2, "gan_weight": 0.5, "gan_critic_weight": 0.5}
+SCORES = ("generator", "fake_score")
+SIZES = {"unet2d": {"source": "scenes"}, "wan": {"frames": 5}}
+
+
+def unet2d() -> Any:
+    net = diffusers.UNet2DModel(
+        sample_size=16,
+        block_out_channels=[8, 8],
+        layers_per_block=1,
+        down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+        up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+        attention_head_dim=4,
+        norm_num_groups=4,
+        num_class_embeds=13,
+    )
+    pipeline = diffusers.ConsistencyModelPipeline(unet=net.eval(), scheduler=schedulers.flow_scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make(family: str) -> Any:
+    """The tiny pipeline of a family, the same weights every time."""
+    if family != "unet2d":
+        return tiny.make(family)
+    torch.manual_seed(0)
+    return unet2d()
+
+
+def teacher(family: str, folder: Path) -> Path:
+    """The folder of that pipeline, written once."""
+    place = folder / family
+    if not (place / "model_index.json").exists():
+        make(family).save_pretrained(place)
+    return place
+
+
+def build_run(
+    family: str, folder: Path, objective: dict[str, Any], players: dict[str, dict] | None = None, **model: Any
+) -> Run:
+    """A run of a family; `players` are changes to those that learn, by default a generator and a critic."""
+    (folder / "prompts.txt").write_text("a disc\ntwo rings\na red one\n")
+    changes = players or {name: {} for name in SCORES}
+    file = folder / "cell.yaml"
+    node = {
+        "name": "cell",
+        "batch": BATCH,
+        "model": {"teacher": str(teacher(family, folder)), "steps": 2, "guidance": 3.0, **model},
+        "objective": objective,
+        "players": {name: PLAYER | change for name, change in changes.items()},
+        "data": {"source": str(folder / "prompts.txt"), "resolution": 16, **SIZES.get(family, {})},
+    }
+    file.write_text(json.dumps(node))
+    return build.build(config.load(file)[0])
+
+
+def batch(run: Run, step: int, ids: Tensor) -> Batch:
+    """Noise in place of data too, so that every family can be asked for everything."""
+    draw, cond = Draw(5, step, ids), run.conditions.of(ids - ids % run.objective.group)
+    noise = lambda name: draw.normal(name, run.shape)
+    pair = Pair(noise("stored"), 0.5 * noise("made"), cond)
+    return Batch(noise("noise"), cond, draw, x0=0.5 * noise("data"), pair=pair)
+
+
+def play(run: Run, steps: range, parts: int = 1) -> list[dict[str, float]]:
+    """The losses and gradient norms of every step; `parts` micro-batches a process."""
+    curves = []
+    for step in steps:
+        ids = processes.share(torch.arange(step * BATCH, (step + 1) * BATCH), parts)
+        logs = train_step(run.objective, [batch(run, step, part) for part in ids.chunk(parts)], step, run.players)
+        curves.append({k: v for k, v in logs.items() if k.endswith(("/loss", "/grad_norm"))})
+    return curves
+
+
+def save(run: Run, folder: Path, step: int) -> Path:
+    return checkpoint.save(folder, step, run.players, run.objective)
+
+
+def load(run: Run, path: Path) -> int:
+    return checkpoint.load(path, run.players, run.objective)
+
+
+def sharded(family: str, folder: Path) -> list[dict[str, float]]:
+    """Three steps on all processes there are, with a checkpoint after two and at the end."""
+    with processes.leader_first():
+        run = build_run(family, folder, DMD2)
+    parallel.distribute(run.objective, run.players, run.device)
+    curves = play(run, range(2))
+    save(run, folder / f"{family}_by_two", 2)
+    curves += play(run, range(2, 3))
+    save(run, folder / f"{family}_by_two", 3)
+    return curves
+
+
+def main(folder: Path, families: list[str]) -> None:
+    torch.set_num_threads(1)
+    with processes.started(torch.device("cpu")):
+        for family in families:
+            curves = sharded(family, folder)
+            if processes.leads():
+                (folder / f"{family}_by_two.json").write_text(json.dumps(curves))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,33 @@
+"""Every cell of the table of families; `tools/family_table.py` prints what they return."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.family_cells import CELLS, SHARDED, Bench, two_processes
+from tests.family_runs import FAMILIES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("table")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> None:
+    two_processes(folder, list(FAMILIES))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cell(family: str, cell: str, folder: Path) -> None:
+    assert float(CELLS[cell](Bench(family, folder))) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", SHARDED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cell_of_two_processes(family: str, cell: str, folder: Path, ranks: None) -> None:
+    assert float(SHARDED[cell](Bench(family, folder))) < 1e-4
