@@ -21,7 +21,7 @@ from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import NoiseSchedule
-from fewstep.data.source import Source, open_source
+from fewstep.data.source import PromptSource, Source, open_source
 from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided, Routed
 from fewstep.models.codec import Codec, open_codec
@@ -215,6 +215,8 @@ def _check_cache(config: Config, teacher: Teacher, source: Source) -> None:
 def conditions_of(teacher: Teacher, source: Source, resolution: int) -> Conditions:
     """What the networks are told of the samples of `source`."""
     if teacher.codec is not None:
+        if isinstance(source, PromptSource):
+            teacher.codec.refuse_long(source.prompts)
         return Prompts(teacher.codec, source, (resolution, resolution))
     backbone = teacher.backbone()
     return Labels(source, heard=backbone.family.classes(backbone.net) is not None)

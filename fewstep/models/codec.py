@@ -58,7 +58,7 @@ class Codec(nn.Module):
         Raises UserError for a prompt that is too long, unless it may be truncated.
         """
         if not truncate:
-            self._refuse_long(prompts)
+            self.refuse_long(prompts)
         rows = {name: value.float() for name, value in self._embed(prompts).items()}
         return Condition({**rows, **self._sizes(len(prompts), size)})
 
@@ -66,7 +66,7 @@ class Codec(nn.Module):
     def unconditional(self, negative: str = "", *, truncate: bool = False) -> Condition:
         """One row for `DiffusersBackbone`: what guidance leads away from. Sizes are not in it, they stay."""
         if not truncate:
-            self._refuse_long([negative])
+            self.refuse_long([negative])
         return Condition({name: value.float() for name, value in self._embed([negative]).items()})
 
     @torch.no_grad()
@@ -103,7 +103,8 @@ class Codec(nn.Module):
     def _device(self) -> torch.device:
         return next(self.encoders.parameters()).device
 
-    def _refuse_long(self, prompts: list[str]) -> None:
+    def refuse_long(self, prompts: list[str]) -> None:
+        """Raises UserError for the first prompt with more tokens than one of the encoders reads."""
         for prompt in prompts:
             for tokenizer, limit in self._limits():
                 if (count := len(tokenizer(prompt, truncation=False, verbose=False).input_ids)) > limit:

@@ -203,3 +203,14 @@ def test_without_its_third_encoder_stable_diffusion_3_is_exported_too(
     assert said in (folder / "README.md").read_text()
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     assert pipeline.text_encoder_3 is None and pipeline.text_encoder is not None
+
+
+def test_a_prompt_that_is_too_long_is_found_before_training(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it is the last of a hundred, and the first batch has two."""
+    (tmp_path / "prompts.txt").write_text("a disc\n" * 99 + "a disc and " * 40)
+    given = [f"model.teacher={teacher('sd15', tmp_path)}", f"data.source={tmp_path / 'prompts.txt'}"]
+    assert cli.main(["train", str(file), *given, f"--out={tmp_path / 'runs'}"]) == 2
+    assert "tokens, but this model reads" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("*/log.jsonl"))
