@@ -161,9 +161,8 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
         for name in ("log.jsonl", "evals.jsonl"):
             folder.truncate(name, done)
     folder.write_origin(to_yaml(config), {"source": config.model.teacher, "revision": config.model.revision})
-    skipped = getattr(run.source, "skipped", [])
-    if skipped and processes.leads():
-        print(f"{len(skipped)} files could not be read and are left out: {', '.join(str(p) for p in skipped[:5])}")
+    for why, files in getattr(run.source, "skipped", {}).items() if processes.leads() else ():
+        print(f"files {why} ({len(files)}): {', '.join(str(p) for p in files[:5])}")
     with Interrupts() as interrupts:
         training = Training(run, folder, done, interrupts)
         try:
