@@ -43,7 +43,7 @@ def make(
     for rows in torch.arange(count).split(batch):
         parts.append(encode(images(rows)).half().cpu())
         progress(len(rows))
-    return Latents(torch.cat(parts), seed)
+    return Latents(torch.cat(parts).contiguous(), seed)  # a VAE may answer with channels last
 
 
 def save(file: Path, latents: Latents, recipe: str) -> None:

@@ -163,9 +163,8 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     model = config.model
     teacher = {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
     folder.write_origin(to_yaml(config), teacher)
-    skipped = getattr(run.source, "skipped", [])
-    if skipped and processes.leads():
-        print(f"{len(skipped)} files could not be read and are left out: {', '.join(str(p) for p in skipped[:5])}")
+    for why, files in getattr(run.source, "skipped", {}).items() if processes.leads() else ():
+        print(f"files {why} ({len(files)}): {', '.join(str(p) for p in files[:5])}")
     with Interrupts() as interrupts:
         training = Training(run, folder, done, interrupts)
         try:

@@ -9,9 +9,9 @@ import diffusers
 import pytest
 import torch
 
-from fewstep import build, config, measure
+from fewstep import build, cli, config, measure
 from fewstep.core.errors import UserError
-from fewstep.data.source import open_source
+from fewstep.data.source import NO_CAPTION, UNLABELLED, UNREADABLE, open_source
 from fewstep.models import schedulers
 from fewstep.train.loop import train_step
 
@@ -152,6 +152,8 @@ def test_bare_model_folder_and_image_folder_are_one_yaml(tiny_sizes: dict, tmp_p
         for j in range(3):
             Image.new("RGB", (20, 24), (40 * i, 50 * j, 90)).save(tmp_path / "images" / name / f"{j}.png")
     (tmp_path / "images" / "cats" / "broken.png").write_bytes(b"not an image")
+    (tmp_path / "images" / "cats" / "1.txt").write_bytes(b"\xff\xfe\xff")
+    Image.new("RGB", (20, 24)).save(tmp_path / "images" / "stray.png")
     (tmp_path / "mine.yaml").write_text(
         f"""
 name: mine
@@ -164,12 +166,35 @@ data: {{source: {tmp_path}/images, resolution: 16}}
     )
     run = build.build(config.load(tmp_path / "mine.yaml")[0])
     assert run.source.labels == ("cats", "dogs")
-    assert [p.name for p in run.source.skipped] == ["broken.png"]  # type: ignore[attr-defined]
+    skipped = {why: [p.name for p in files] for why, files in run.source.skipped.items()}  # type: ignore[attr-defined]
+    assert skipped == {UNREADABLE: ["broken.png"], UNLABELLED: ["stray.png"], NO_CAPTION: ["1.txt"]}
+    assert run.source.size == 6 and run.source.captions(torch.arange(6)).count("cats") == 3
     assert run.teacher.null_label == 2
     batch = build.batches(run)(0)
     logs = train_step(run.objective, batch, 0, run.players)
     assert logs["fake_score/loss"] > 0
     assert batch[0].x0 is not None and batch[0].x0.shape == (4, 3, 16, 16)
+
+
+def test_what_is_left_out_is_said_with_its_reason(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While a run starts, one line a reason; and where nothing is left, in the one sentence of the mistake."""
+    images = folder_of_images(tmp_path / "images", "a/1.png", "b/1.png", "stray.png", "other.png")
+    (images / "a" / "broken.png").write_bytes(b"no image")
+    given = [f"model.teacher={tiny_teacher}", f"data.source={images}", "batch=2", "steps=1", "evals.every=0"]
+    given += ["evals.samples=0", "save.export=false", "objective.ratio=1", f"--out={tmp_path / 'runs'}"]
+    assert cli.main(["train", "configs/scenes/dmd2.yaml", *given]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("files ")] == [
+        f"files {UNREADABLE} (1): {images / 'a' / 'broken.png'}",
+        f"files {UNLABELLED} (2): {images / 'other.png'}, {images / 'stray.png'}",
+    ]
+    for lost in ("a/1.png", "b/1.png"):
+        (images / lost).unlink()
+    with pytest.raises(UserError, match=rf"of no use: files {UNREADABLE} \(1\), files {UNLABELLED} \(2\)$"):
+        open_source(str(images), 16, 0)
+    with pytest.raises(UserError, match=r"of no use: no \.png, .* file there$"):
+        open_source(str(images / "b"), 16, 0)
 
 
 def test_an_epoch_visits_every_image_once(tmp_path: Path) -> None:

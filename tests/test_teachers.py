@@ -10,7 +10,7 @@ import torch
 
 from fewstep import build, config, measure
 from fewstep.data.scenes import ATTRIBUTES
-from fewstep.data.source import SceneSource
+from fewstep.data.source import HELD_OUT, SceneSource
 from fewstep.evals.attributes import label_accuracy
 from fewstep.evals.frechet import Statistics, frechet_distance
 
@@ -43,11 +43,15 @@ def test_fifty_steps_draw_what_the_stored_row_says(folder: Path) -> None:
 
 
 def test_truth_is_the_stored_truth() -> None:
-    """2,000 fresh scenes lie at the floor that was stored with the statistics."""
+    """2,000 fresh scenes lie at the floor that was stored with the statistics.
+
+    They are the scenes that the floor was measured on, so that only rounding is left (1e-8 seen with other threads and
+    without oneDNN); those of eight other seeds lie from 2.40 to 3.67.
+    """
     truth = measure.truth_of(SceneSource(16, 0))
-    source = SceneSource(16, seed=99)
+    source = SceneSource(16, HELD_OUT + 1)
     reader = measure.reader_of(source)
     features = torch.cat([reader.read(source.images(ids))[1] for ids in torch.arange(2000).split(500)])
     floor = json.loads(Path("assets/truth/scenes16.json").read_text())["floor"]["2000"]
-    assert frechet_distance(Statistics.of(features), truth.statistics) == pytest.approx(floor, rel=0.5)
+    assert frechet_distance(Statistics.of(features), truth.statistics) == pytest.approx(floor, rel=1e-4)
     assert "50000" in truth.protocol

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
-import json
 import subprocess
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from readers import roughen, write
 from resumable import fit
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.core.draw import Draw
 from fewstep.data.captioned import ATTRIBUTES, CaptionedScenes, canonical
 from fewstep.evals.captions import caption_accuracy
-from fewstep.evals.reader import Reader, load_reader
+from fewstep.evals.reader import Reader
 
 RESOLUTION = 32
 LAYERS = ((32, 2), (64, 1), (96, 2), (96, 1))
@@ -52,21 +50,13 @@ def training_batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
     return CaptionedScenes(RESOLUTION, seed).of_attributes(ids, rows), canonical(rows)
 
 
-def roughen(images: Tensor, draw: Draw) -> Tensor:
-    """Each image with its own amount of noise and of blur, since generated ones are never quite clean."""
-    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    amount = (draw.uniform("reader.blur", (1, 1, 1)) - 0.5).clamp(min=0)
-    noise = NOISE * draw.uniform("reader.level", (1, 1, 1)) * draw.normal("reader.noise", images.shape[1:])
-    return torch.lerp(images, blurred, amount) + noise
-
-
 def train(seed: int, steps: int) -> Reader:
     torch.manual_seed(seed)
     reader = Reader(ATTRIBUTES, RESOLUTION, LAYERS)
 
     def loss(step: int) -> Tensor:
         images, rows = training_batch(seed, step)
-        logits, _ = reader(roughen(images, Draw(seed, step, torch.arange(BATCH))))
+        logits, _ = reader(roughen(images, Draw(seed, step, torch.arange(BATCH)), NOISE))
         return torch.stack([F.cross_entropy(one, rows[:, i]) for i, one in enumerate(logits)]).sum()
 
     fit({"reader": reader}, loss, steps, RATE, STATE)
@@ -96,13 +86,10 @@ def measured(reader: Reader) -> dict[str, object]:
     }
 
 
-def write(reader: Reader, folder: Path, seed: int, steps: int) -> None:
-    """Store half-precision weights, then measure what was stored and add that to the protocol."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "reader.safetensors"
-    save_file({name: value.half().contiguous() for name, value in reader.state_dict().items()}, weights)
+def made(seed: int, steps: int) -> dict[str, object]:
+    """What the reader is and where it comes from."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    protocol: dict[str, object] = {
+    return {
         "attributes": ATTRIBUTES,
         "resolution": RESOLUTION,
         "layers": LAYERS,
@@ -111,12 +98,7 @@ def write(reader: Reader, folder: Path, seed: int, steps: int) -> None:
         "batch": BATCH,
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
-    (folder / "reader.json").write_text(json.dumps(protocol, indent=2) + "\n")
-    protocol |= measured(load_reader(folder))
-    (folder / "reader.json").write_text(json.dumps(protocol, indent=2) + "\n")
-    print(json.dumps(protocol, indent=2))
 
 
 def main() -> None:
@@ -126,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("assets/caption_reader"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    write(train(options.seed, options.steps), options.out, options.seed, options.steps)
+    write(train(options.seed, options.steps), options.out, made(options.seed, options.steps), measured)
 
 
 if __name__ == "__main__":

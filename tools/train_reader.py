@@ -6,18 +6,16 @@ python tools/train_reader.py [--steps 2000] [--seed 7] [--out assets/reader]
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from readers import roughen, write
 from torch import Tensor
 
 from fewstep.core.draw import Draw
 from fewstep.data.scenes import ATTRIBUTES, SceneBatch, Scenes, law
-from fewstep.evals.reader import Reader, load_reader
+from fewstep.evals.reader import Reader
 
 BATCH = 192
 CANDIDATES = 512
@@ -48,15 +46,6 @@ def training_batch(seed: int, step: int, table: Tensor) -> SceneBatch:
     return SceneBatch(scenes.images[first], scenes.labels[first], scenes.attributes[first])
 
 
-def roughen(images: Tensor, seed: int, step: int) -> Tensor:
-    """Each image with its own amount of noise and of blur, so that features do not hang on exact pixels."""
-    draw = Draw(seed, step, torch.arange(len(images)))
-    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    amount = (draw.uniform("reader.blur", (1, 1, 1)) - 0.5).clamp(min=0)
-    noise = NOISE * draw.uniform("reader.level", (1, 1, 1)) * draw.normal("reader.noise", images.shape[1:])
-    return torch.lerp(images, blurred, amount) + noise
-
-
 def train(seed: int, steps: int) -> Reader:
     torch.manual_seed(seed)
     reader, table = Reader(ATTRIBUTES), keep_table()
@@ -64,7 +53,7 @@ def train(seed: int, steps: int) -> Reader:
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         batch = training_batch(seed, step, table)
-        logits, _ = reader(roughen(batch.images, seed, step))
+        logits, _ = reader(roughen(batch.images, Draw(seed, step, torch.arange(BATCH)), NOISE))
         losses = [F.cross_entropy(one, batch.attributes[:, i]) for i, one in enumerate(logits)]
         loss = torch.stack(losses).sum()
         optimiser.zero_grad()
@@ -76,7 +65,7 @@ def train(seed: int, steps: int) -> Reader:
     return reader
 
 
-def held_out(reader: Reader) -> tuple[dict[str, float], dict[str, float]]:
+def measured(reader: Reader) -> dict[str, object]:
     """Accuracy of each attribute and recall of each value on scenes of another seed."""
     accuracy, recall = {}, {}
     scenes = Scenes(16, HELD_OUT_SEED).sample(torch.arange(HELD_OUT))
@@ -86,30 +75,7 @@ def held_out(reader: Reader) -> tuple[dict[str, float], dict[str, float]]:
         for index, value in enumerate(values):
             shown = scenes.attributes[:, column] == index
             recall[f"{name}={value}"] = right[shown, column].double().mean().item()
-    return accuracy, recall
-
-
-def write(reader: Reader, folder: Path, seed: int, steps: int) -> None:
-    """Store half-precision weights, then measure what was stored and add that to the protocol."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "reader.safetensors"
-    save_file({name: value.half().contiguous() for name, value in reader.state_dict().items()}, weights)
-    protocol: dict[str, object] = {
-        "attributes": ATTRIBUTES,
-        "seed": seed,
-        "steps": steps,
-        "batch": BATCH,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-    }
-    (folder / "reader.json").write_text(json.dumps(protocol, indent=2) + "\n")
-    accuracy, recall = held_out(load_reader(folder))
-    protocol |= {
-        "held_out": {"seed": HELD_OUT_SEED, "count": HELD_OUT},
-        "accuracy": accuracy,
-        "recall": recall,
-    }
-    (folder / "reader.json").write_text(json.dumps(protocol, indent=2) + "\n")
-    print(json.dumps(protocol, indent=2))
+    return {"held_out": {"seed": HELD_OUT_SEED, "count": HELD_OUT}, "accuracy": accuracy, "recall": recall}
 
 
 def main() -> None:
@@ -118,7 +84,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("assets/reader"))
     options = parser.parse_args()
-    write(train(options.seed, options.steps), options.out, options.seed, options.steps)
+    made = {"attributes": ATTRIBUTES, "seed": options.seed, "steps": options.steps, "batch": BATCH}
+    write(train(options.seed, options.steps), options.out, made, measured)
 
 
 if __name__ == "__main__":

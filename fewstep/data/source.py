@@ -18,6 +18,9 @@ from fewstep.data.scenes import LABELS, Scenes, caption
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HELD_OUT = 40_000
 """seed of the scenes that no training sees"""
+UNREADABLE = "left out because they could not be read"
+UNLABELLED = "left out because they lie beside the class folders and so have no label"
+NO_CAPTION = "not used as captions because they are no UTF-8 text that could be read"
 
 
 class Source(ABC):
@@ -91,8 +94,8 @@ class FolderSource(Source):
     """A folder of images, centre-cropped and resized; class sub-folders, in sorted order, give the labels.
 
     A text file beside an image, of the same name, is its caption; an image without one has the name of its label.
-    Every epoch visits each image once in an order of its own. Files that cannot be read are left out and named in
-    `skipped`. Raises UserError when no image is left.
+    Every epoch visits each image once in an order of its own. Files of no use are left out: `skipped` names them, by
+    the reason. Raises UserError when no image is left.
     """
 
     def __init__(self, folder: str | Path, resolution: int, seed: int):
@@ -105,25 +108,30 @@ class FolderSource(Source):
         classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
         self.resolution, self.seed, self.labels = resolution, seed, tuple(classes)
-        self.skipped: list[Path] = []
+        self.skipped: dict[str, list[Path]] = {}
         kept: list[Tensor] = []
         labels: list[int] = []
         self._captions: list[str] = []
         for file in files:
+            if classes and file.parent == root:
+                self._skip(UNLABELLED, file)
+                continue
             image = self._read(file)
-            if image is None or (classes and file.parent == root):
-                self.skipped.append(file)
+            if image is None:
+                self._skip(UNREADABLE, file)
                 continue
             kept.append(image)
             labels.append(classes.index(file.relative_to(root).parts[0]) if classes else 0)
             self._captions.append(self._caption(file) or (classes[labels[-1]] if classes else ""))
         if not kept:
-            found = (
-                f"{len(files)} files there, none of them readable" if files else f"no {', '.join(SUFFIXES)} file there"
-            )
-            raise UserError(f"the image folder {folder} is of no use: {found}")
+            found = ", ".join(f"files {why} ({len(skipped)})" for why, skipped in self.skipped.items())
+            nothing = f"no {', '.join(SUFFIXES)} file there"
+            raise UserError(f"the image folder {folder} is of no use: {found or nothing}")
         self._images, self._labels = torch.stack(kept), torch.tensor(labels)
         self.size = len(kept)
+
+    def _skip(self, why: str, file: Path) -> None:
+        self.skipped.setdefault(why, []).append(file)
 
     def _caption(self, file: Path) -> str:
         """The text beside an image, "" where there is none or it is no UTF-8."""
@@ -131,7 +139,7 @@ class FolderSource(Source):
         try:
             return " ".join(text.read_text(encoding="utf-8-sig").split()) if text.is_file() else ""
         except (OSError, UnicodeDecodeError):
-            self.skipped.append(text)
+            self._skip(NO_CAPTION, text)
             return ""
 
     def _read(self, file: Path) -> Tensor | None:

@@ -15,10 +15,11 @@ Solver = Literal["euler", "heun"]
 
 
 def teacher_step(teacher: Backbone, x_t: Tensor, t: Tensor, s: Tensor, cond: Condition, solver: Solver) -> Tensor:
-    """x_s (B, *S) from x_t, t -> s (B,). Euler is the DDIM step; Heun averages x0 and eps over both ends.
+    """x_s (B, *S) from x_t, t -> s (B,). Euler is the DDIM step; Heun averages eps alone over both ends.
 
-    Averaging (x0, eps) and jumping once is Heun in sigma / alpha, where the ODE has no linear part; rows with s = 0
-    take the DDIM step because the noise cannot be read there.
+    d(x / alpha) = eps d(sigma / alpha), so the averaged eps gives Heun's step in sigma / alpha, where the ODE has no
+    linear part; x0 is not averaged. Rows with s = 0, where the noise cannot be read, and with alpha_t near 0, where
+    sigma / alpha is singular, take the DDIM step.
     """
     first = teacher(x_t, t, cond)
     x_s = first.to(s)
