@@ -239,13 +239,13 @@ def _networks(
     how = _executions(config, teacher, roles, voices)
     counts = {role: config.model.experts if role == "generator" else 1 for role in roles if role != "real_score"}
     networks = {
-        role: [teacher.backbone(_executed(copy.deepcopy(teacher.net), how[role], False, device)) for _ in range(count)]
+        role: [teacher.backbone(execute(copy.deepcopy(teacher.net), how[role], False, device)) for _ in range(count)]
         for role, count in counts.items()
         if role not in voices
     }
     under = next(iter(voices), "real_score")
     if under in how:
-        _executed(teacher.net, how[under], True, device)
+        execute(teacher.net, how[under], True, device)
     bare = teacher.backbone()
     if voices:
         from fewstep.models.voices import Shared  # peft, which only voices need
@@ -257,11 +257,6 @@ def _networks(
         networks |= {role: [shared.as_(name) for name in names] for role, names in voices.items()}
         bare = shared.as_(None)
     return networks | ({"real_score": [bare]} if "real_score" in roles else {})
-
-
-def _executed(net: nn.Module, how: Execution, frozen: bool, device: torch.device) -> nn.Module:
-    execute(net, how, frozen, device)
-    return net
 
 
 def _executions(

@@ -35,8 +35,8 @@ class Execution:
         return DTYPES[self.precision]
 
 
-def execute(net: nn.Module, how: Execution, frozen: bool, device: torch.device) -> None:
-    """Makes `net`, a plain diffusers network with float32 weights, run as `how` says; its copies will, too.
+def execute(net: nn.Module, how: Execution, frozen: bool, device: torch.device) -> nn.Module:
+    """Makes `net`, a plain diffusers network with float32 weights, run as `how` says; returns it. So will its copies.
 
     A `frozen` network in low precision has low weights; one that learns keeps float32 ones. The names of its weights
     stay what they are.
@@ -50,6 +50,7 @@ def execute(net: nn.Module, how: Execution, frozen: bool, device: torch.device) 
         (precision.lower if frozen else precision.compute_in)(net, how.dtype)
     if how.offload:
         offload(net, repeated_blocks(net), device)
+    return net
 
 
 def repeated_blocks(net: nn.Module) -> Iterator[nn.Module]:

@@ -23,7 +23,8 @@ def compute_in(net: nn.Module, dtype: torch.dtype) -> None:
 def computing(net: nn.Module, device: str) -> AbstractContextManager[Any]:
     """The context that a forward of `net` on a `device` such as cuda needs."""
     dtype = getattr(net, _COMPUTES, None)
-    return nullcontext() if dtype is None else torch.autocast(device, dtype)
+    # The meta device computes nothing, and autocast does not know it.
+    return nullcontext() if dtype is None or device == "meta" else torch.autocast(device, dtype)
 
 
 def lower(net: nn.Module, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fewstep import build, cli, config, export, measure
-from fewstep.models import execution, offload
+from fewstep.models import execution, offload, schedulers
 from fewstep.models.execution import Execution, execute
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared
@@ -106,8 +106,14 @@ def test_followers_and_fused_voices_are_float32() -> None:
     assert {p.dtype for p in average.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        *((family, "fp32") for family in CLASSES),
+        ("dit", "bf16"),
+        *(pytest.param(family, "bf16", marks=pytest.mark.slow) for family in CLASSES if family != "dit"),
+    ],
+)
 def test_checkpointed_and_compiled_gradients(family: str, precision: Any) -> None:
     """Those of the plain network: to 1e-5 of the largest in float32, to 5e-2 of the norm in bfloat16."""
     backbone, x, cond = ask(family)
@@ -174,14 +180,27 @@ def curves(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_whole_run(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def shallow_teacher(tiny_sizes: dict[str, Any], tmp_path: Path) -> Path:
+    """One level, so that few shapes are compiled."""
+    one = {name: tiny_sizes[name][-1:] for name in ("block_out_channels", "down_block_types")}
+    net = diffusers.UNet2DModel(**{**tiny_sizes, **one, "up_block_types": tiny_sizes["up_block_types"][:1]})
+    pipeline = diffusers.ConsistencyModelPipeline(unet=net, scheduler=schedulers.flow_scheduler())
+    pipeline.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+@pytest.mark.parametrize(
+    "compiled", ["model.roles.generator.compile=true", pytest.param("model.compile=true", marks=pytest.mark.slow)]
+)
+def test_a_whole_run(compiled: str, shallow_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DMD2 with its GAN in bfloat16, checkpointed and compiled: near float32, resumed to the bit, exported as ever."""
-    all_of_it = ["model.precision=bf16", "model.checkpointing=true", "model.compile=true"]
-    folder = play(tiny_teacher, tmp_path / "low", *all_of_it)
+    all_of_it = ["model.precision=bf16", "model.checkpointing=true", compiled]
+    folder = play(shallow_teacher, tmp_path / "low", *all_of_it)
     said = capsys.readouterr().out
     assert "generator: attention sdpa in 4 modules, computes in bfloat16 with float32 weights, checkpointing," in said
     assert "real_score: attention sdpa in 4 modules, computes in bfloat16 with bfloat16 weights" in said
-    plain = curves(play(tiny_teacher, tmp_path / "plain"))
+    plain = curves(play(shallow_teacher, tmp_path / "plain"))
     for low, full in zip(curves(folder), plain, strict=True):
         for key in ("generator/loss", "fake_score/loss", "fake_score/grad_norm", "x0/std"):
             assert abs(low[key] - full[key]) < 5e-2 * abs(full[key]) + 1e-3, key
@@ -191,7 +210,7 @@ def test_a_whole_run(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureF
     theirs = load_file(next((tmp_path / "plain").iterdir()) / "checkpoints" / "0000002" / checkpoint.STATE)
     assert state.keys() == theirs.keys()
     half = str(folder / "checkpoints" / "0000001")
-    play(tiny_teacher, tmp_path / "low", *all_of_it, "--resume", half)
+    play(shallow_teacher, tmp_path / "low", *all_of_it, "--resume", half)
     assert checkpoint.sha256(final) == before
     unet = diffusers.UNet2DModel.from_pretrained(folder / "export" / "unet")
     run = export.load_run(folder)
