@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.data.source import PromptSource, Source, open_source
-from fewstep.models import loading, schedulers
+from fewstep.models import attention, loading, offload, schedulers
 from fewstep.models.backbone import Backbone, Guided, Routed
 from fewstep.models.codec import Codec, open_codec
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.execution import Execution, execute
+from fewstep.models.execution import describe as describe_execution
 from fewstep.models.lora import Factors
+from fewstep.models.passes import networks_of
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, transition
@@ -86,6 +89,12 @@ class Run:
         """What the networks make as images (B, 3, H, W), clamped to [-1, 1]."""
         codec = self.teacher.codec
         return (samples if codec is None else codec.decode(samples)).clamp(-1, 1)
+
+    def guided(self) -> Guided:
+        """The teacher with its guidance, ready to be asked."""
+        guided = Guided(self.teacher.backbone(), self.config.model.guidance).eval()
+        offload.place(guided, self.device)
+        return guided
 
     def evaluated(self) -> Backbone:
         """The generator to look at: its average where the run keeps one."""
@@ -246,21 +255,62 @@ def _networks(
     config: Config, teacher: Teacher, roles: tuple[str, ...], device: torch.device
 ) -> dict[str, list[DiffusersBackbone]]:
     """Role -> its networks: copies of the teacher, or voices of the one teacher that stays frozen below them."""
-    voices, bare = _voices(config, roles), teacher.backbone()
+    voices = _voices(config, roles)
+    how = _executions(config, teacher, roles, voices)
     counts = {role: config.model.experts if role == "generator" else 1 for role in roles if role != "real_score"}
     networks = {
-        role: [teacher.backbone(copy.deepcopy(teacher.net)) for _ in range(count)]
+        role: [teacher.backbone(execute(copy.deepcopy(teacher.net), how[role], False, device)) for _ in range(count)]
         for role, count in counts.items()
         if role not in voices
     }
+    under = next(iter(voices), "real_score")
+    if under in how:
+        execute(teacher.net, how[under], True, device)
+    bare = teacher.backbone()
     if voices:
         from fewstep.models.voices import Shared  # peft, which only voices need
 
         specs = {name: config.players[role].lora for role, names in voices.items() for name in names}
         shared = Shared(bare.to(device), specs)  # type: ignore[arg-type]
+        if how[under].checkpointing:
+            shared.enable_gradient_checkpointing()
         networks |= {role: [shared.as_(name) for name in names] for role, names in voices.items()}
         bare = shared.as_(None)
     return networks | ({"real_score": [bare]} if "real_score" in roles else {})
+
+
+def _executions(
+    config: Config, teacher: Teacher, roles: tuple[str, ...], voices: Mapping[str, Sequence[str]]
+) -> dict[str, Execution]:
+    """Role -> how its network is executed, the teacher's always among them where there is one. Raises UserError."""
+    known = {*roles, "real_score"} if config.model.teacher is not None else {*roles}
+    if extra := [role for role in config.model.roles if role not in known]:
+        raise UserError(f"model.roles.{extra[0]}: this run has only the networks {', '.join(sorted(known))}")
+    how = {role: config.model.execution(role) for role in sorted(known)}
+    for role in how:
+        _refuse_execution(config, teacher, role, how[role])
+    together = [role for role in how if role in voices or role == "real_score"] if voices else []
+    if any(how[role] != how[together[0]] for role in together):
+        raise UserError(
+            f"{' and '.join(together)} are one network with adapters, which is executed in one way, but model.roles "
+            "makes them differ: set the same for each, or remove players.<role>.lora"
+        )
+    return how
+
+
+def _refuse_execution(config: Config, teacher: Teacher, role: str, how: Execution) -> None:
+    """Raises UserError for what the network of `role` cannot do on the device of the run."""
+    # A dry run builds on the meta device, and has to answer for the one that is meant.
+    gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    own = config.model.roles.get(role)
+    where = "model.attention" if own is None or own.attention is None else f"model.roles.{role}.attention"
+    attention.refuse(teacher.net, how.attention, "cuda" if gpu else "cpu", how.dtype, f"{where}={how.attention}")
+    if how.offload and not gpu:
+        raise UserError(f"model.roles.{role}.offload brings weights to a GPU, but this run is on the CPU: remove it")
+    if how.offload and processes.size() > 1:
+        raise UserError(f"model.roles.{role}.offload is for one process; several share the weights out: remove it")
+    if how.offload and any(player.lora is not None for player in config.players.values()):
+        raise UserError(f"model.roles.{role}.offload: adapters learn on this network, it has to stay: remove it")
 
 
 def build(config: Config, previous: Path | None = None) -> Run:
@@ -316,7 +366,8 @@ def build_triad(
     triad: dict[str, Backbone] = {}
     for role, networks in _networks(config, teacher, roles, device).items():
         for network in networks:
-            network.to(device).eval().requires_grad_(role != "real_score")
+            offload.place(network, device)
+            network.eval().requires_grad_(role != "real_score")
         length = len(rollout) // len(networks)
         starts = [rollout.steps[i * length].told for i in range(1, len(networks))]
         triad[role] = Routed(networks, starts) if starts else networks[0]
@@ -501,18 +552,27 @@ def make_pairs(run: Run) -> pairs.Pairs:
     teacher = run.teacher
     scheduler = schedulers.student_scheduler(teacher.scheduler, teacher.kind, "ode", config.steps, teacher.shift)
     walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
-    guided = Guided(run.teacher.backbone(), run.config.model.guidance).to(run.device).eval()
+    guided = run.guided()
     with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True) as bar:
         told = run.conditions.of
-        return pairs.make_pairs(guided, walk, told, run.shape, config.count, config.seed, progress=bar.update)
+        return pairs.make_pairs(
+            guided, walk, told, run.shape, config.count, config.seed, progress=bar.update, device=run.device
+        )
+
+
+def executed(run: Run) -> list[str]:
+    """A line for each role: how its network is executed."""
+    networks = {role: networks_of(net) for role, net in vars(run.triad).items()}
+    return [f"{role}: {describe_execution(nets[0])}" for role, nets in networks.items() if nets]
 
 
 def describe(config: Config) -> list[str]:
     """Players, parameters, memory and first shapes of a run as lines of text; no weight is read or allocated."""
     source = open_source(config.data.source, config.data.resolution, config.data.seed)
     teacher = build_teacher(config, len(source.labels), weights=False)
-    frozen = sum(p.numel() for p in teacher.net.parameters())
-    run = assemble(config, torch.device("meta"), source, teacher, None)
+    with torch.compiler.set_stance("force_eager"):
+        run = assemble(config, torch.device("meta"), source, teacher, None)
+    frozen = [p for name, p in teacher.net.named_parameters() if ".lora_" not in name]
     lines = [
         f"objective {config.objective.name}, {len(run.rollout)} step(s), "  # type: ignore[attr-defined]
         f"{type(teacher.schedule).__name__} process, {teacher.kind}"
@@ -524,7 +584,9 @@ def describe(config: Config) -> list[str]:
             f"player {name}: {count:,} parameters, {copies * 4 * count / 2**20:.1f} MB with gradient and optimizer"
         )
     if run.triad.real_score is not None:
-        lines.append(f"real_score: {frozen:,} parameters, frozen, {4 * frozen / 2**20:.1f} MB")
+        size = sum(p.numel() * p.element_size() for p in frozen)
+        lines.append(f"real_score: {sum(p.numel() for p in frozen):,} parameters, frozen, {size / 2**20:.1f} MB")
+    lines += executed(run)
     micro = config.batch // config.micro_batches
     reads = ", ".join(run.objective.reads) or "nothing but noise and labels"
     lines.append(

@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fewstep.core.errors import UserError, sentence
 from fewstep.core.prediction import Kind
+from fewstep.models.attention import Attention
+from fewstep.models.execution import Execution
+from fewstep.models.precision import Precision
 from fewstep.objectives import base as objectives
 from fewstep.rollout import TransitionName
 from fewstep.train.player import PlayerConfig
@@ -40,6 +43,25 @@ class ProcessConfig:
     beta_end: float = 0.012
     zero_terminal_snr: bool = False
     """rescale the betas so that the last level is pure noise (needs v or x0 prediction)"""
+
+
+ROLES = ("generator", "real_score", "fake_score")
+
+
+@dataclass
+class RoleConfig:
+    """How one network is executed, where it differs from what `model` says; null takes what `model` says."""
+
+    attention: Attention | None = None
+    """sdpa | math | flash | xformers | flex"""
+    precision: Precision | None = None
+    """fp32 | bf16"""
+    checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    compile: bool | None = None
+    """torch.compile of the repeated blocks"""
+    offload: bool = False
+    """real_score only: its weights lie in host memory and visit the GPU block by block"""
 
 
 @dataclass
@@ -74,6 +96,18 @@ class ModelConfig:
     """moves the student's times towards noise (> 1), flow models only; default: what the teacher's scheduler does"""
     experts: int = 1
     """networks of the generator, one for each phase of phased_dmd; 1 = one shared network"""
+    attention: Attention = "sdpa"
+    """kernel of the attention: sdpa (torch picks one) | math (any device, also forward derivatives) | flash (GPU and
+    bf16) | xformers (GPU) | flex (GPU)"""
+    precision: Precision = "fp32"
+    """fp32 | bf16: what networks compute in. Learned weights, optimizers, averages and losses stay float32; the weights
+    of a frozen network, the teacher's or those below adapters, are kept in bf16: half the memory"""
+    checkpointing: bool = False
+    """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
+    compile: bool = False
+    """torch.compile of the repeated blocks: minutes at the start, then faster steps"""
+    roles: dict[str, RoleConfig] = field(default_factory=dict)
+    """generator | real_score (the teacher) | fake_score -> what differs for its network"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
@@ -88,6 +122,18 @@ class ModelConfig:
             )
         if not 0 <= self.guidance < math.inf:
             raise UserError(f"model.guidance is a number from 0, 1 for none, but {self.guidance} was given")
+        for role, own in self.roles.items():
+            if role not in ROLES:
+                raise UserError(f"model.roles has {', '.join(ROLES)}, but {role} was given")
+            if own.offload and role != "real_score":
+                raise UserError(f"model.roles.{role}.offload: only real_score, which is frozen, can be put away")
+
+    def execution(self, role: str) -> Execution:
+        """How the network of `role` is executed."""
+        own = self.roles.get(role, RoleConfig())
+        names = [part.name for part in fields(RoleConfig) if part.name != "offload"]
+        chosen = {name: getattr(self if getattr(own, name) is None else own, name) for name in names}
+        return Execution(**chosen, offload=own.offload)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from fewstep import adapter
 from fewstep import build as building
 from fewstep import config as configs
 from fewstep.build import Run
-from fewstep.config import Config
+from fewstep.config import Config, RoleConfig
 from fewstep.core.errors import UserError
 from fewstep.models import schedulers
 from fewstep.models.diffusers import DiffusersBackbone
@@ -242,8 +242,14 @@ def load_run(folder: Path, step: int | None = None) -> Run:
 
 
 def _for_use(config: Config) -> Config:
-    """The config without what only training needs: where weights started, and a GPU that may not be here."""
-    return dataclasses.replace(config, start={}, device="auto" if config.device == "cuda" else config.device)
+    """The config without what only training needs: where weights started, and a GPU that may not be here.
+
+    What networks compute in is a part of them; by which kernels is not.
+    """
+    precise = {role: RoleConfig(precision=own.precision) for role, own in config.model.roles.items()}
+    model = dataclasses.replace(config.model, attention="sdpa", checkpointing=False, compile=False, roles=precise)
+    device = "auto" if config.device == "cuda" else config.device
+    return dataclasses.replace(config, start={}, device=device, model=model)
 
 
 def stage_of(folder: Path) -> Path:

@@ -81,9 +81,13 @@ def generate(
     batch: int = 250,
     progress: bool = False,
     decode: Callable[[Tensor], Tensor] = lambda x: x.clamp(-1, 1),
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Images (N, C, H, W) in [-1, 1]; image i depends on (seed, i) and on what is asked of it alone."""
-    device = next(net.parameters()).device
+    """Images (N, C, H, W) in [-1, 1]; image i depends on (seed, i) and on what is asked of it alone.
+
+    They are made on `device`, by default where the weights of `net` lie.
+    """
+    device = device or next(net.parameters()).device
     images = []
     for rows in tqdm(torch.arange(count).split(batch), desc="images", unit="batch", disable=not progress, leave=False):
         draw = Draw(seed, 0, rows.to(device))
@@ -102,8 +106,7 @@ def student(run: Run) -> tuple[Backbone, Rollout]:
 def teacher(run: Run, steps: int) -> tuple[Backbone, Rollout]:
     """The guided teacher and a deterministic rollout of `steps` passes."""
     scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", steps, run.teacher.shift)
-    guided = Guided(run.teacher.backbone(), run.config.model.guidance).to(run.device).eval()
-    return guided, Rollout(schedulers.steps_of(scheduler, steps), transition("ode"))
+    return run.guided(), Rollout(schedulers.steps_of(scheduler, steps), transition("ode"))
 
 
 def made(
@@ -111,7 +114,7 @@ def made(
 ) -> Tensor:
     """Images (N, C, H, W) in [-1, 1] of what is asked for in this run."""
     asked = run.conditions.asked
-    return generate(net, rollout, asked, count, run.shape, seed, batch, progress, run.decode)
+    return generate(net, rollout, asked, count, run.shape, seed, batch, progress, run.decode, run.device)
 
 
 def save_student_grid(run: Run, path: Path, count: int = 48) -> None:

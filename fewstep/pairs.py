@@ -52,9 +52,13 @@ def make_pairs(
     seed: int,
     batch: int = 128,
     progress: Callable[[int], None] = lambda done: None,
+    device: torch.device | None = None,
 ) -> Pairs:
-    """Runs the (guided) teacher by a deterministic `rollout` from `count` noises; `condition(rows)` labels them."""
-    device = next(teacher.parameters()).device
+    """Runs the (guided) teacher by a deterministic `rollout` from `count` noises; `condition(rows)` labels them.
+
+    They are made on `device`, by default where the weights of the teacher lie.
+    """
+    device = device or next(teacher.parameters()).device
     parts, conditions = [], []
     for rows in torch.arange(count, device=device).split(batch):
         cond = condition(rows)

@@ -126,8 +126,10 @@ class Training:
         return path
 
 
-# What may change when a run is resumed: how long and how it learns, what is looked at; not what is learned.
-_CHANGEABLE = ("steps", "micro_batches", "device", "players.", "evals.", "save.")
+# What may change when a run is resumed: how long and how it learns, what is looked at, how networks are executed; not
+# what is learned.
+_EXECUTION = ("model.attention", "model.precision", "model.checkpointing", "model.compile", "model.roles")
+_CHANGEABLE = ("steps", "micro_batches", "device", "players.", "evals.", "save.", *_EXECUTION)
 
 
 def check_resumed(config: Config, root: Path) -> None:
@@ -150,6 +152,8 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     if resume is not None:
         check_resumed(config, root)
     run = building.build(config, previous)
+    if processes.leads():
+        print("\n".join(building.executed(run)))
     folder = RunDir(root)
     folder.create()
     with processes.leader_first():

@@ -33,10 +33,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.models.backbone",
         "fewstep.models.lora",
         "fewstep.models.passes",
+        "fewstep.models.precision",
         "fewstep.objectives.base",
         "fewstep.train",
     ),
-    "fewstep.config": ("fewstep.core", "fewstep.objectives.base", "fewstep.rollout", "fewstep.train.player"),
+    "fewstep.config": (
+        "fewstep.core",
+        "fewstep.models.attention",
+        "fewstep.models.execution",
+        "fewstep.models.precision",
+        "fewstep.objectives.base",
+        "fewstep.rollout",
+        "fewstep.train.player",
+    ),
 }
 
 

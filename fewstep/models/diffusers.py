@@ -15,6 +15,7 @@ from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import VP, NoiseSchedule
 from fewstep.models.backbone import Backbone
 from fewstep.models.embedders import TimeEmbedder
+from fewstep.models.precision import computing, joint
 from fewstep.models.taps import Stopped, first, tapped
 
 
@@ -28,12 +29,14 @@ class Family:
 
     `call(net, x, timestep, cond)` returns the raw output; `tap` is the usual block for a discriminator;
     `time_embedding` names the module whose output is the time embedding; `classes` counts the label embeddings;
-    `feature(block, output)` is the tensor that a tap of `block` gives; `prompts` says that it reads prompts.
+    `feature(block, output)` is the tensor that a tap of `block` gives; `prompts` says that it reads prompts; `blocks`
+    are the classes of its repeated blocks, which are compiled.
     """
 
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
     tap: Callable[[nn.Module], str]
     time_embedding: str
+    blocks: tuple[str, ...]
     classes: Callable[[nn.Module], int | None] = _no_classes
     feature: Callable[[nn.Module, Any], Tensor] = first
     prompts: bool = False
@@ -70,24 +73,28 @@ FAMILIES: dict[str, Family] = {
         call=_unet2d,
         tap=lambda net: "mid_block",
         time_embedding="time_embedding",
+        blocks=("ResnetBlock2D", "Attention"),
         classes=lambda net: net.config.num_class_embeds,
     ),
     "DiTTransformer2DModel": Family(
         call=_dit,
         tap=lambda net: f"transformer_blocks.{len(net.transformer_blocks) // 2}",
         time_embedding="transformer_blocks.0.norm1.emb",
+        blocks=("BasicTransformerBlock",),
         classes=lambda net: net.config.num_embeds_ada_norm + 1,
     ),
     "UNet2DConditionModel": Family(
         call=_unet2d_condition,
         tap=lambda net: "mid_block",
         time_embedding="time_embedding",
+        blocks=("BasicTransformerBlock",),
         prompts=True,
     ),
     "SD3Transformer2DModel": Family(
         call=_transformer,
         tap=lambda net: f"transformer_blocks.{len(net.transformer_blocks) // 2}",
         time_embedding="time_text_embed.timestep_embedder",
+        blocks=("JointTransformerBlock",),
         feature=_image_stream,
         prompts=True,
     ),
@@ -95,6 +102,7 @@ FAMILIES: dict[str, Family] = {
         call=_transformer,
         tap=lambda net: f"blocks.{len(net.blocks) // 2}",
         time_embedding="condition_embedder.time_embedder",
+        blocks=("WanTransformerBlock",),
         prompts=True,
     ),
 }
@@ -185,7 +193,7 @@ class DiffusersBackbone(Backbone):
         extra = sum(self.dials[name](value) for name, value in values.items())
 
         def add(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            return output + extra
+            return output + extra.to(output.dtype)
 
         return self.net.get_submodule(self.family.time_embedding).register_forward_hook(add)
 
@@ -204,9 +212,14 @@ class DiffusersBackbone(Backbone):
         handle = self._embedding_hook(cond, to) if cond.dials or to is not None else None
         value = x_t.new_empty(0)
         try:
-            with tapped(self.net, taps, stop, self.family.feature) as features, suppress(Stopped):
+            with (
+                computing(self.net, x_t.device.type),
+                tapped(self.net, taps, stop, self.family.feature) as features,
+                suppress(Stopped),
+            ):
                 value = self.family.call(self.net, x_t, timestep, cond)
         finally:
             if handle is not None:
                 handle.remove()
-        return Prediction(value, self.kind, x_t, t, self.schedule, features)
+        features = {name: joint(feature) for name, feature in features.items()}
+        return Prediction(joint(value), self.kind, x_t, t, self.schedule, features)

@@ -162,8 +162,8 @@ class Voice(DiffusersBackbone):
 
     @torch.no_grad()
     def fused(self) -> DiffusersBackbone:
-        """A network of its own, without adapters, whose weights W + (alpha / rank) B A say the same."""
-        net = copy.deepcopy(self.net)
+        """A float32 network of its own, without adapters, whose weights W + (alpha / rank) B A say the same."""
+        net = copy.deepcopy(self.net).float()
         net.disable_gradient_checkpointing()
         for name, layer in _lora_layers(net).items():
             if self.voice in layer.lora_A:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fewstep.models.passes import networks_of
+from fewstep.models.precision import cast_inputs, dtype_of
 from fewstep.objectives.base import Objective
 from fewstep.train import processes
 
@@ -61,24 +62,13 @@ def shard(net: nn.Module, over: Any, dtype: torch.dtype = torch.float32) -> None
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second that one process need not wait
 
     low = dtype if dtype != torch.float32 else None
-    # Times are inputs too: 999 is 1000 in bfloat16. So inputs are cast below, all but the vectors.
+    # Times are inputs too and stay as they are: inputs are cast below, all but the vectors.
     inner = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(low, torch.float32, torch.float32, cast_forward_inputs=False)
     for module, policy in [*((block, inner) for block in blocks_of(net)), (net, outer)]:
         fully_shard(module, mesh=over, mp_policy=policy)
         if low is not None:
-            module.register_forward_pre_hook(_cast_to(low), with_kwargs=True)
-
-
-def _cast_to(dtype: torch.dtype) -> Any:
-    def cast(value: Any) -> Any:
-        lower = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
-        return value.to(dtype) if lower else value
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
-
-    return hook
+            module.register_forward_pre_hook(cast_inputs(low), with_kwargs=True)
 
 
 def distribute(objective: Objective, players: Mapping[str, Player], device: torch.device) -> None:
@@ -90,7 +80,7 @@ def distribute(objective: Objective, players: Mapping[str, Player], device: torc
     networks, over = networks_of(*modules), mesh(device)
     broadcast([*networks, *modules])
     for net in networks:
-        shard(net, over)
+        shard(net, over, dtype_of(net))
     for player in players.values():
         player.enlist()
 

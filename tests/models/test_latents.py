@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_pipelines
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from fewstep import build, cli, config, finish
 from fewstep.data.source import CaptionedSource
 from fewstep.latents import Latents
+from fewstep.models import tiny
 from fewstep.train import checkpoint
 
 COUNT = 6
@@ -34,7 +34,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A config with a tiny teacher that reads prompts, and six images of one shade each with captions that say it."""
     root = tmp_path_factory.mktemp("kept")
     (root / "one.yaml").write_text(CONFIG)
-    tiny_pipelines.make("sd15").save_pretrained(root / "teacher")
+    tiny.make("sd15").save_pretrained(root / "teacher")
     (root / "images").mkdir()
     for i in range(COUNT):
         Image.new("RGB", (16, 16), (40 * i, 90, 30)).save(root / "images" / f"{i}.png")

@@ -457,7 +457,7 @@ def test_the_adapters_of_a_half_precision_network_are_float32(
     expected = say(half, x.bfloat16())
     shared = Shared(half, {"critic": LoraSpec(2, 2.0, TARGETS[family])})
     critic = shared.as_("critic")
-    assert torch.equal(say(critic, x.bfloat16()), expected) and expected.dtype == torch.bfloat16
+    assert torch.equal(say(critic, x.bfloat16()), expected) and half.net.dtype == torch.bfloat16
     one = player(critic)
     push(one, x.bfloat16())
     assert {p.dtype for p in (*critic.parameters(), *one.followers["ema"].module.parameters())} == {torch.float32}
