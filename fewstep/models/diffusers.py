@@ -65,7 +65,9 @@ def _transformer(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -
 
 def _image_stream(block: nn.Module, output: Any) -> Tensor:
     """A joint block returns its text first, and no text at all in the last block."""
-    return output[1] if type(block).__name__ == "JointTransformerBlock" else first(block, output)
+    # A sharded block is of a class made from its own.
+    joint = any(kind.__name__ == "JointTransformerBlock" for kind in type(block).__mro__)
+    return output[1] if joint else first(block, output)
 
 
 FAMILIES: dict[str, Family] = {

@@ -83,8 +83,12 @@ def test_the_null_condition_keeps_the_sizes_and_the_dials(pipeline: Any) -> None
         other.null(cond)
 
 
-def test_a_tap_of_a_joint_block_is_its_image_stream() -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_tap_of_a_joint_block_is_its_image_stream(sharded: bool) -> None:
+    """Also of the class that FSDP2 makes of the block's own."""
     backbone, x, cond = asked(tiny.make("sd3"))
+    for block in backbone.net.transformer_blocks if sharded else ():
+        block.__class__ = type(f"FSDP{type(block).__name__}", (type(block),), {})
     given: list[Tensor] = []
     backbone.net.norm_out.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     names = ["transformer_blocks.0", "transformer_blocks.2", "transformer_blocks.2.attn", "pos_embed"]
