@@ -1,121 +1,36 @@
-"""What a run will hold in memory, before it starts: its own step played on fake tensors, and what would make it fit."""
+"""What a run will hold in memory, before it starts: its own steps on fake tensors, and what would make it fit."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import chain
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep import build
+from fewstep import config as configs
 from fewstep.build import Run
 from fewstep.config import Config
 from fewstep.core.errors import UserError
 from fewstep.data.source import Source, open_source
 from fewstep.latents import Latents
+from fewstep.memory import KINDS, Account, Part, account
 from fewstep.models.codec import Codec, open_codec
 from fewstep.models.fake import Answers, become_fake
 from fewstep.models.lora import LoraSpec
 from fewstep.models.passes import networks_of
 from fewstep.pairs import Pairs
-from fewstep.train.live_bytes import REST, LiveBytes
-from fewstep.train.loop import train
 from fewstep.train.parallel import blocks_of
 from fewstep.train.player import Player
 
-KINDS = ("weights", "gradients", "moments", "followers", "gathered", REST)
-
-
-class Part(NamedTuple):
-    """What bytes are counted as: whose they are, of which kind, and whether GPUs share them out (FSDP2)."""
-
-    role: str
-    kind: str
-    sharded: bool = False
-
-
-@dataclass
-class Account:
-    """Bytes by part at the peak of each player's turn, the most that each part ever had, parameters by role."""
-
-    turns: dict[str, Counter[Part]] = field(default_factory=dict)
-    most: Counter[Part] = field(default_factory=Counter)
-    parameters: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def turn(self) -> str:
-        """The player whose turn has the peak of the step."""
-        return max(self.turns, key=lambda name: self.turns[name].total())
-
-    @property
-    def peak(self) -> int:
-        return self.turns[self.turn].total()
-
-    def of_kind(self, kind: str, turn: str | None = None, role: str | None = None) -> int:
-        """Bytes of a kind at the peak of `turn`, by default the peak of the step; of one role, the most it had."""
-        sizes = self.most if role else self.turns[turn or self.turn]
-        return sum(size for part, size in sizes.items() if part.kind == kind and role in (None, part.role))
-
-
-def account(run: Run, steps: Iterable[int]) -> Account:
-    """Plays `steps` of a run and counts what is alive meanwhile; its tensors may be fake."""
-    result, live = Account(), LiveBytes(Part("", REST))
-    owners = _owners(run)
-    for tensor, part in owners.items():
-        live.name(part, tensor)
-        result.parameters[part.role] += tensor.numel() * (isinstance(tensor, nn.Parameter) and part.kind == "weights")
-    for name, player in run.players.items():
-        for parameter in player.parameters:
-            live.name_gradient(owners[parameter]._replace(kind="gradients"), parameter)
-        _name_moments(player, owners, live)
-        _watch(name, player, owners, live, result)
-    batches = build.batches(run)
-    with live:
-        for step in steps:
-            train(run.objective, batches, run.players, range(step, step + 1), lambda step, logs: False)
-    return result
-
-
-def _owners(run: Run) -> dict[Tensor, Part]:
-    """What each tensor is that a run has before its first step. An adapter is its player's, not the network's."""
-    nets = [net for net in vars(run.triad).values() if net is not None]
-    followers = [(name, f.module) for name, player in run.players.items() for f in player.followers.values()]
-    inside = {p for net in networks_of(*nets, *(module for _, module in followers)) for p in net.parameters()}
-    below = "real_score" if run.triad.real_score is not None else "teacher"
-    owned: list[tuple[str, str, nn.Module]] = [(below, "weights", net) for net in networks_of(*nets)]
-    owned += [(name, "weights", module) for name, player in run.players.items() for module in player.modules]
-    owned += [(name, "followers", module) for name, module in followers]
-    if run.teacher.codec is not None:
-        owned.append(("codec", "weights", run.teacher.codec))
-    return {t: Part(role, kind, t in inside) for role, kind, m in owned for t in chain(m.parameters(), m.buffers())}
-
-
-def _name_moments(player: Player, owners: dict[Tensor, Part], live: LiveBytes) -> None:
-    for parameter, state in player.optimizer.state.items():
-        for moment in state.values():
-            live.name(owners[parameter]._replace(kind="moments"), moment)
-
-
-def _watch(name: str, player: Player, owners: dict[Tensor, Part], live: LiveBytes, result: Account) -> None:
-    """Has `player` note the peak of its turn whenever it has moved."""
-    move = player.move
-
-    def moved(step: int) -> float:
-        norm = move(step)
-        _name_moments(player, owners, live)
-        peak = live.mark()
-        result.turns[name] = max(result.turns.get(name, Counter()), peak, key=Counter.total)
-        result.most |= peak | live.now
-        return norm
-
-    player.move = moved  # type: ignore[method-assign]
+UNITS = {"MB": 2**20, "GB": 2**30, "TB": 2**40}
+LEAST = 0.02  # of the peak, that a switch has to save to be worth it
 
 
 class Unseen(Source):
@@ -208,22 +123,42 @@ def can_checkpoint(net: Any) -> bool:
     return getattr(net, "_supports_gradient_checkpointing", False) and not net.is_gradient_checkpointing
 
 
-def foresee(setting: Setting) -> Account:
-    """What one GPU will hold, by playing one step of each kind on fake tensors."""
+def foresee(setting: Setting) -> tuple[Account, Run]:
+    """What one GPU will hold, by playing one step of each kind on fake tensors; and the fake run that was played."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     run = shaped(setting, mode)
     with mode, Answers():
         for player in run.players.values():
-            _move_once(player)
+            _make_moments(player)
         result = account(run, _steps(run))
-    return result
+    if setting.low_teacher:
+        result = result.scaled(lambda part: 2 if part.role == "real_score" else 1)
+    if setting.gpus > 1:
+        result = result.scaled(lambda part: setting.gpus if part.sharded else 1)
+        together = {Part("", "gathered"): gathered(networks_of(*vars(run.triad).values()))}
+        result.turns = {name: peak + Counter(together) for name, peak in result.turns.items()}
+    return result, run
 
 
-def _move_once(player: Player) -> None:
-    """The optimizer makes its moments at its first step."""
+def gathered(nets: Iterable[nn.Module]) -> int:
+    """Bytes that FSDP2 puts together on every GPU: what is in no block, and the largest block, with their gradients."""
+    roots, blocks = 0, [0]
+    for net in nets:
+        taken: set[Tensor] = set()
+        for module in (*blocks_of(net), net):
+            own = set(module.parameters()) - taken
+            taken |= own
+            blocks.append(sum(p.nbytes * (1 + p.requires_grad) for p in own))
+        roots += blocks.pop()
+    return roots + max(blocks)
+
+
+def _make_moments(player: Player) -> None:
+    """As the first move of `player` would."""
     for parameter in player.parameters:
         parameter.grad = torch.zeros_like(parameter)
-    player.move(0)
+    player.optimizer.step()
+    player.clear()
 
 
 def _steps(run: Run) -> list[int]:
@@ -231,3 +166,136 @@ def _steps(run: Run) -> list[int]:
     kinds = [run.objective.generates, run.objective.criticises]
     found = [next((step for step in range(1000) if kind(step)), None) for kind in kinds]
     return sorted({step for step in found if step is not None})
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Something that saves memory: how it is switched on, and what it does to a setting."""
+
+    said: str
+    change: Callable[[Setting], Setting]
+
+
+def switches(setting: Setting, run: Run) -> Iterator[Switch]:
+    """What can be switched on, the harmless first: time for memory, then precision, then what is learned."""
+    config, nets = setting.config, networks_of(*vars(run.triad).values())
+    if any(can_checkpoint(net) for net in nets):
+        yield Switch("gradient checkpointing", lambda s: replace(s, checkpointing=True))
+    parts = 2 * config.micro_batches
+    if config.batch % (parts * setting.gpus * run.objective.group) == 0:
+        yield Switch(f"micro_batches={parts}", lambda s: replace(s, config=replace(s.config, micro_batches=parts)))
+    frozen = {p.dtype for net in nets for p in net.parameters() if not p.requires_grad}
+    if run.triad.real_score is not None and torch.float32 in frozen and not setting.low_teacher:
+        yield Switch("a bfloat16 teacher", lambda s: replace(s, low_teacher=True))
+    for role in ("fake_score", "generator"):
+        if config.model.teacher is not None and role in run.players and config.players[role].lora is None:
+            yield Switch(f"players.{role}.lora={{}}", lambda s, role=role: _with_lora(s, role))  # type: ignore[misc]
+
+
+def _with_lora(setting: Setting, role: str) -> Setting:
+    config = setting.config
+    player = replace(config.players[role], lora=LoraSpec())
+    return replace(setting, config=replace(config, players={**config.players, role: player}))
+
+
+def advice(setting: Setting, limit: int, found: Account, run: Run) -> list[str]:
+    """What each switch alone would save, and which of them together bring the peak below `limit` bytes."""
+    if found.peak <= limit:
+        return [f"fits: {shown(limit - found.peak)} of {shown(limit)} to spare"]
+    tried = {(): (found, run)}
+    rows = [["to switch on", "peak", "saves"]]
+    for switch in (*switches(setting, run), *more_gpus(setting, run)):
+        tried[switch.said,] = other, _ = foresee(switch.change(setting))
+        rows.append([switch.said, shown(other.peak), shown(found.peak - other.peak)])
+    on = fitting(setting, limit, tried)
+    last = tried[on][0].peak
+    verdict = f"fits with {' and '.join(on)}" if last <= limit else "does not fit with all of these together"
+    return [
+        f"does not fit: {shown(limit)} is {shown(found.peak - limit)} short",
+        *aligned(rows),
+        f"{verdict}: {shown(last)}",
+    ]
+
+
+def more_gpus(setting: Setting, run: Run) -> Iterator[Switch]:
+    """Twice, four times, .. as many GPUs, as long as they can share out the batch."""
+    unit, count = setting.config.micro_batches * run.objective.group, 2 * setting.gpus
+    while setting.config.batch % (unit * count) == 0:
+        yield Switch(f"--gpus {count}", lambda s, count=count: replace(s, gpus=count))  # type: ignore[misc]
+        count *= 2
+
+
+def fitting(setting: Setting, limit: int, tried: dict[tuple[str, ...], tuple[Account, Run]]) -> tuple[str, ...]:
+    """The switches, one added to the other, that bring the peak below `limit` bytes; all that help where none does."""
+    on: tuple[str, ...] = ()
+    refused: set[str] = set()
+    while tried[on][0].peak > limit:
+        switch = next((s for s in switches(setting, tried[on][1]) if s.said not in refused), None)
+        if switch is None:
+            break
+        path, changed = (*on, switch.said), switch.change(setting)
+        if path not in tried:
+            tried[path] = foresee(changed)
+        if tried[path][0].peak > (1 - LEAST) * tried[on][0].peak:
+            refused.add(switch.said)
+        else:
+            on, setting = path, changed
+    return on
+
+
+def size(given: str) -> int:
+    """Bytes of a size such as 24GB. Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT]B)", given.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise UserError(f"--memory is a size in {', '.join(UNITS)}, but '{given}' was given: write for example 24GB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def shown(count: int) -> str:
+    """Bytes as MB, or as GB from one GB."""
+    unit = "GB" if count >= UNITS["GB"] else "MB"
+    return f"{count / UNITS[unit]:,.1f} {unit}" if count else "-"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def table(found: Account) -> list[str]:
+    """What each role holds, then what is alive at the peak of each turn."""
+    held = [kind for kind in KINDS[:4]]
+    rows = [["role", "parameters", *held]]
+    for role, count in found.parameters.items():
+        rows.append([role, f"{count:,}", *(shown(found.of_kind(kind, role=role)) for kind in held)])
+    peaks = [["turn of", *KINDS, "peak"]]
+    for turn, sizes in found.turns.items():
+        peaks.append([turn, *(shown(found.of_kind(kind, turn)) for kind in KINDS), shown(sizes.total())])
+    return [*aligned(rows), "", *aligned(peaks)]
+
+
+def lines(config: Config, gpus: int, limit: int | None) -> Iterator[str]:
+    """The plan of one stage."""
+    setting = Setting(config, gpus)
+    found, run = foresee(setting)
+    where = "one GPU" if gpus == 1 else f"each of {gpus} GPUs"
+    yield f"objective {config.objective.name}, batch {config.batch} in {config.micro_batches} part(s), on {where}"  # type: ignore[attr-defined]
+    yield from table(found)
+    yield f"peak of a step: {shown(found.peak)}, in the turn of {found.turn}"
+    if limit is not None:
+        yield from advice(setting, limit, found, run)
+
+
+def show(config: Path, overrides: Sequence[str], gpus: int, memory: str | None) -> None:
+    """Prints the plan of every stage of a config file. Raises UserError for a bad number or size."""
+    limit = size(memory) if memory is not None else None
+    if gpus < 1:
+        raise UserError(f"--gpus is a number of GPUs from 1, but {gpus} was given")
+    stages = configs.load(config, overrides)
+    for i, stage in enumerate(stages, 1):
+        print(f"stage {i} of {len(stages)}: {stage.name}, {stage.steps} steps")
+        print("\n".join(lines(stage, gpus, limit)))

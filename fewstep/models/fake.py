@@ -33,7 +33,7 @@ def become_fake(modules: Iterable[nn.Module], mode: FakeTensorMode, device: torc
     def fake(tensor: Tensor) -> Tensor:
         if tensor not in made:
             with mode:
-                empty = torch.empty_like(tensor, device=device)
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             # A parameter of fake data is a fake tensor that says it is a parameter.
             learns = isinstance(tensor, nn.Parameter)
             made[tensor] = nn.Parameter(empty, tensor.requires_grad) if learns else empty
