@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep import build
 from fewstep.build import Run
+from fewstep.core.batch import Batch
 from fewstep.models.passes import networks_of
 from fewstep.train.live_bytes import REST, LiveBytes
 from fewstep.train.loop import train
@@ -30,15 +31,21 @@ class Part(NamedTuple):
 
 @dataclass
 class Account:
-    """Bytes by part at the peak of each player's turn, the most that each part ever had, parameters by role."""
+    """Bytes by part at the peak of each turn, the most that each part ever had, and parameters by role.
+
+    A turn is a player's, or that of making the batch: reading, and encoding images and prompts.
+    """
 
     turns: dict[str, Counter[Part]] = field(default_factory=dict)
     most: Counter[Part] = field(default_factory=Counter)
     parameters: Counter[str] = field(default_factory=Counter)
 
+    def note(self, turn: str, peak: Counter[Part]) -> None:
+        self.turns[turn] = max(self.turns.get(turn, Counter()), peak, key=Counter.total)
+
     @property
     def turn(self) -> str:
-        """The player whose turn has the peak of the step."""
+        """The turn that has the peak of the step."""
         return max(self.turns, key=lambda name: self.turns[name].total())
 
     @property
@@ -66,12 +73,18 @@ def account(run: Run, steps: Iterable[int]) -> Account:
     for tensor, part in owners.items():
         live.name(part, tensor)
         result.parameters[part.role] += tensor.numel() * (isinstance(tensor, nn.Parameter) and part.kind == "weights")
-    for name, player in run.players.items():
+    for player in run.players.values():
         for parameter in player.parameters:
             live.name_gradient(owners[parameter]._replace(kind="gradients"), parameter)
         _name_moments(player, owners, live)
-        _watch(name, player, owners, live, result)
-    batches = build.batches(run)
+        _watch(player, owners, live, result)
+    made = build.batches(run)
+
+    def batches(step: int) -> list[Batch]:
+        batch = made(step)
+        result.note("batch", live.mark())
+        return batch
+
     with live:
         for step in steps:
             train(run.objective, batches, run.players, range(step, step + 1), lambda step, logs: False)
@@ -98,7 +111,7 @@ def _name_moments(player: Player, owners: dict[Tensor, Part], live: LiveBytes) -
             live.name(owners[parameter]._replace(kind="moments"), moment)
 
 
-def _watch(name: str, player: Player, owners: dict[Tensor, Part], live: LiveBytes, result: Account) -> None:
+def _watch(player: Player, owners: dict[Tensor, Part], live: LiveBytes, result: Account) -> None:
     """Has `player` note the peak of its turn whenever it has moved."""
     move = player.move
 
@@ -106,9 +119,8 @@ def _watch(name: str, player: Player, owners: dict[Tensor, Part], live: LiveByte
         result.most |= live.now  # the gradients, before they are cleared
         norm = move(step)
         _name_moments(player, owners, live)
-        peak = live.mark()
-        result.turns[name] = max(result.turns.get(name, Counter()), peak, key=Counter.total)
         result.most |= live.now
+        result.note(player.name, live.mark())
         return norm
 
     player.move = moved  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,10 +35,11 @@ LEAST = 0.02  # of the peak, that a switch has to save to be worth it
 
 
 class Unseen(Source):
-    """The labels and the sizes of a source, and nothing to see."""
+    """The labels and the sizes of a source, nothing to see, and prompts that nobody has encoded yet."""
 
     def __init__(self, source: Source):
         self.resolution, self.labels, self.size = source.resolution, source.labels, source.size
+        self.prompts = map(str, itertools.count())
 
     def label_of(self, ids: Tensor) -> Tensor:
         return torch.zeros_like(ids)
@@ -46,7 +48,7 @@ class Unseen(Source):
         return torch.zeros(len(ids), 3, self.resolution, self.resolution)
 
     def captions(self, ids: Tensor) -> list[str]:
-        return [""] * len(ids)
+        return [next(self.prompts) for _ in range(len(ids))]
 
 
 class UnseenLatents(Latents):
@@ -91,11 +93,11 @@ def shaped(setting: Setting, mode: FakeTensorMode) -> Run:
     for player in run.players.values():
         player.enlist()
     run = replace(run, config=replace(config, batch=config.batch // setting.gpus), device=device)
-    with mode:
-        cond = run.conditions.of(torch.arange(2, device=device))
-        run.pairs = Pairs(torch.zeros(2, *run.shape), cond, 0) if "pair" in run.objective.reads else None
-        cached = config.data.cache and "x0" in run.objective.reads
-        run.latents = UnseenLatents(torch.zeros(2, *run.shape).half(), 0) if cached else None
+    with mode, Answers():
+        if "pair" in run.objective.reads:
+            run.pairs = Pairs(torch.zeros(2, *run.shape), run.conditions.of(torch.arange(2)), 0)
+        if config.data.cache and "x0" in run.objective.reads:
+            run.latents = UnseenLatents(torch.zeros(2, *run.shape).half(), 0)
     return run
 
 
@@ -202,11 +204,13 @@ def advice(setting: Setting, limit: int, found: Account, run: Run) -> list[str]:
     """What each switch alone would save, and which of them together bring the peak below `limit` bytes."""
     if found.peak <= limit:
         return [f"fits: {shown(limit - found.peak)} of {shown(limit)} to spare"]
-    tried = {(): (found, run)}
+    tried: dict[tuple[str, ...], tuple[Account, Run]] = {(): (found, run)}
     rows = [["to switch on", "peak", "saves"]]
-    for switch in (*switches(setting, run), *more_gpus(setting, run)):
+    for switch in itertools.chain(switches(setting, run), more_gpus(setting, run)):
         tried[switch.said,] = other, _ = foresee(switch.change(setting))
         rows.append([switch.said, shown(other.peak), shown(found.peak - other.peak)])
+        if switch.said.startswith("--gpus") and other.peak <= limit:
+            break
     on = fitting(setting, limit, tried)
     last = tried[on][0].peak
     verdict = f"fits with {' and '.join(on)}" if last <= limit else "does not fit with all of these together"
@@ -298,4 +302,5 @@ def show(config: Path, overrides: Sequence[str], gpus: int, memory: str | None) 
     stages = configs.load(config, overrides)
     for i, stage in enumerate(stages, 1):
         print(f"stage {i} of {len(stages)}: {stage.name}, {stage.steps} steps")
-        print("\n".join(lines(stage, gpus, limit)))
+        for line in lines(stage, gpus, limit):
+            print(line, flush=True)
