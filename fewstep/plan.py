@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep import build
 from fewstep import config as configs
@@ -23,7 +22,7 @@ from fewstep.data.source import Source, open_source
 from fewstep.latents import Latents
 from fewstep.memory import KINDS, Account, Part, account
 from fewstep.models.codec import Codec, open_codec
-from fewstep.models.fake import Answers, become_fake
+from fewstep.models.fake import Fake, become_fake
 from fewstep.models.lora import LoraSpec
 from fewstep.models.passes import networks_of
 from fewstep.pairs import Pairs
@@ -66,7 +65,7 @@ class Setting:
     low_teacher: bool = False
 
 
-def shaped(setting: Setting, mode: FakeTensorMode) -> Run:
+def shaped(setting: Setting, mode: Fake) -> Run:
     """The run of a config with fake tensors in place of its weights, its data and its texts.
 
     Raises UserError for everything that a config can get wrong, and for a batch that the GPUs cannot share out.
@@ -93,7 +92,7 @@ def shaped(setting: Setting, mode: FakeTensorMode) -> Run:
     for player in run.players.values():
         player.enlist()
     run = replace(run, config=replace(config, batch=config.batch // setting.gpus), device=device)
-    with mode, Answers():
+    with mode:
         if "pair" in run.objective.reads:
             run.pairs = Pairs(torch.zeros(2, *run.shape), run.conditions.of(torch.arange(2)), 0)
         if config.data.cache and "x0" in run.objective.reads:
@@ -127,9 +126,9 @@ def can_checkpoint(net: Any) -> bool:
 
 def foresee(setting: Setting) -> tuple[Account, Run]:
     """What one GPU will hold, by playing one step of each kind on fake tensors; and the fake run that was played."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Fake()
     run = shaped(setting, mode)
-    with mode, Answers():
+    with mode:
         for player in run.players.values():
             _make_moments(player)
         result = account(run, _steps(run))

@@ -35,7 +35,7 @@ OVERRIDES = {"sdxl": [], "wan": ["data.frames=9"]}
 def configs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     """A config a family: the scenes' own with a small teacher, and two that read prompts."""
     folder = tmp_path_factory.mktemp("plan")
-    (folder / "prompts.txt").write_text("a disc\ntwo rings\na red one\n")
+    (folder / "prompts.txt").write_text("\n".join(f"{n} rings" for n in range(8)))
     (folder / "one.yaml").write_text(PROMPTED)
     small = ["device=cpu", "batch=16", "objective.ratio=1", f"model.teacher={tiny_teacher}"]
     found = {"unet": config.load("configs/scenes/dmd2.yaml", small)[0]}
@@ -130,7 +130,7 @@ def test_switches_are_added_until_it_fits(configs: dict[str, Config], monkeypatc
         saved = 30 * setting.checkpointing + setting.low_teacher + 20 * adapters
         return 100 - saved - 10 * (setting.config.micro_batches.bit_length() - 1)
 
-    run: Any = plan.shaped(Setting(replace(configs["unet"], batch=2)), plan.FakeTensorMode(allow_non_fake_inputs=True))
+    run: Any = plan.shaped(Setting(replace(configs["unet"], batch=2)), plan.Fake())
 
     def foreseen(setting: Setting) -> tuple[Account, Any]:
         return Account({"generator": Counter({Part("", "activations"): peak(setting) // setting.gpus})}), run

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Answers(TorchDispatchMode):
-    """Answers what is asked of a value that is not there: numbers are finite, two tensors are equal.
+class Fake(FakeTensorMode):
+    """Tensors that are made while entered have shapes alone; what is asked of their values gets a fixed answer.
 
-    Integers are -1, the last of whatever they count: the longest rollout, the last expert.
+    Numbers are 1 and so finite, two tensors are equal, and integers are -1, the last of whatever they count: the
+    longest rollout, the last expert.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def dispatch(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else -1
         if func is torch.ops.aten.equal.default:
             return True
-        return func(*args, **(kwargs or {}))
+        return super().dispatch(func, types, args, kwargs or {})
 
 
-def become_fake(modules: Iterable[nn.Module], mode: FakeTensorMode, device: torch.device) -> None:
+def become_fake(modules: Iterable[nn.Module], mode: Fake, device: torch.device) -> None:
     """Replaces every parameter and buffer of `modules` by one of `mode` on `device`; what is shared stays shared."""
     made: dict[Tensor, Tensor] = {}
 
