@@ -148,8 +148,13 @@ def _null_label(config: Config, backbone: DiffusersBackbone, labels: int) -> int
     return classes - 1 if classes == labels + 1 else None
 
 
-def build_teacher(config: Config, labels: int, weights: bool = True) -> Teacher:
-    """The teacher of a run, or the new network that `diffusion` trains; without `weights` only its shape."""
+def build_teacher(
+    config: Config, labels: int, weights: bool = True, codecs: Callable[..., Codec] = open_codec
+) -> Teacher:
+    """The teacher of a run, or the new network that `diffusion` trains; without `weights` only its shape.
+
+    `codecs(source, revision)` opens its text encoders and its VAE.
+    """
     model = config.model
     if (model.teacher is None) == (model.network is None):
         raise UserError("set either model.teacher (a folder or hub id) or model.network (a new network), not both")
@@ -161,7 +166,7 @@ def build_teacher(config: Config, labels: int, weights: bool = True) -> Teacher:
     schedule, kind = schedulers.read(scheduler)
     backbone = DiffusersBackbone(loaded.net, schedule, kind)
     null_label = _null_label(config, backbone, labels)
-    codec = _codec(config, backbone)
+    codec = _codec(config, backbone, codecs)
     gained = _wear(config, codec, loaded.net, weights)
     unconditional = codec.unconditional(model.negative_prompt) if codec is not None else None
     shift = model.shift or schedulers.time_shift(scheduler)
@@ -172,7 +177,7 @@ def build_teacher(config: Config, labels: int, weights: bool = True) -> Teacher:
     return teacher
 
 
-def _codec(config: Config, backbone: DiffusersBackbone) -> Codec | None:
+def _codec(config: Config, backbone: DiffusersBackbone, codecs: Callable[..., Codec]) -> Codec | None:
     """The text encoders and the VAE of a network that reads prompts. Raises UserError where they are not at hand."""
     if not backbone.family.prompts:
         return None
@@ -181,7 +186,7 @@ def _codec(config: Config, backbone: DiffusersBackbone) -> Codec | None:
         raise UserError(
             "a network that reads prompts comes with its text encoders: set model.teacher to the folder of its pipeline"
         )
-    return open_codec(teacher, config.model.revision)
+    return codecs(teacher, config.model.revision)
 
 
 def _wear(config: Config, codec: Codec | None, net: nn.Module, weights: bool) -> dict[str, Factors] | None:

@@ -1,4 +1,4 @@
-"""The command line: fewstep train | sample | eval | export | report | config | objectives.
+"""The command line: fewstep plan | train | sample | eval | export | report | config | objectives.
 
 Heavy imports wait inside the commands, so that a spelling mistake is answered at once.
 """
@@ -67,6 +67,12 @@ def _place(args: argparse.Namespace, name: str) -> tuple[Path, Path | None]:
     return runner.resume_point(Path(args.resume or args.out), name)
 
 
+def plan(args: argparse.Namespace) -> None:
+    from fewstep import plan as planning
+
+    planning.show(Path(args.config), args.overrides, args.gpus, args.memory)
+
+
 def sample(args: argparse.Namespace) -> None:
     from fewstep import sampling
 
@@ -125,6 +131,13 @@ def _tiny_argument(command: argparse.ArgumentParser) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="fewstep", description="Makes few-step generators of diffusion and flow models.")
     commands = top.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("plan", help="say what a config will hold in memory, and what would make it fit")
+    one.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    one.add_argument("overrides", nargs="*", help="key=value, such as batch=16")
+    one.add_argument("--gpus", type=int, default=1, help="over how many the run is shared out")
+    one.add_argument("--memory", metavar="SIZE", help="of one GPU, such as 24GB: names what to switch on to fit")
+    one.set_defaults(call=plan)
 
     one = commands.add_parser("train", help="train from a config, with key=value overrides")
     one.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")

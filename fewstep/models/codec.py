@@ -239,10 +239,13 @@ def codec_of(pipeline: Any) -> Codec:
     return _family(type(pipeline).__name__)(pipeline)
 
 
-def open_codec(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Codec:
+def open_codec(
+    source: str, revision: str | None = None, dtype: torch.dtype = torch.float32, weights: bool = True
+) -> Codec:
     """The codec of the pipeline in a folder or of a hub id; its denoiser is only shaped and costs no memory.
 
-    `dtype` is that of the text encoders: some of the VAEs overflow in half precision, so they are float32.
+    `dtype` is that of the text encoders: some of the VAEs overflow in half precision, so they are float32. Without
+    `weights` all of its networks are only shaped, on the meta device.
     Raises UserError where nothing is found, for another family and for a component that is not there.
     """
     found = loading.find(source, revision)
@@ -252,14 +255,23 @@ def open_codec(source: str, revision: str | None = None, dtype: torch.dtype = to
     family.refuse_absent(f"the pipeline at {source}", _lying(found.source, named), named)
     shaped = loading.denoiser(found, weights=False)
     lacking = {part: None for part in family.MAY_LACK if part not in named}
+    shapes = {} if weights else {part: _shape(found, part, dtype) for part in named if part.startswith(_NETWORKS)}
     pipeline = loading.pretrained(
         getattr(diffusers, name),
         found.source,
         dtype={"default": dtype, "vae": torch.float32},
         use_safetensors=True,
-        **{found.part: shaped.net, "scheduler": shaped.scheduler, **lacking, **family.UNUSED, **found.where},
+        **{found.part: shaped.net, "scheduler": shaped.scheduler, **shapes, **lacking, **family.UNUSED, **found.where},
     )
     return family(pipeline)
+
+
+_NETWORKS = ("vae", "text_encoder")
+
+
+def _shape(pipeline: loading.Pipeline, part: str, dtype: torch.dtype) -> nn.Module:
+    shape = loading.shape_of(pipeline, part)
+    return shape if part == "vae" else shape.to(dtype)
 
 
 def _lying(source: str, named: list[str]) -> list[str]:

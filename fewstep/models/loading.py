@@ -154,6 +154,19 @@ def denoiser(pipeline: Pipeline, weights: bool = True) -> Loaded:
     return Loaded(net, pretrained(scheduler_class, pipeline.source, subfolder="scheduler", **pipeline.where))
 
 
+def shape_of(pipeline: Pipeline, part: str) -> nn.Module:
+    """The VAE or a text encoder of a pipeline on the meta device. Raises UserError with its library's reason."""
+    library, name = pipeline.index[part]
+    if library == "diffusers":
+        return pretrained(getattr(diffusers, name), pipeline.source, weights=False, subfolder=part, **pipeline.where)
+    import transformers  # only shapes of text encoders are made here
+
+    kind = getattr(transformers, name)
+    config = pretrained(kind.config_class, pipeline.source, subfolder=part, **pipeline.where)
+    with torch.device("meta"):
+        return kind(config)
+
+
 def new(network: dict[str, Any], weights: bool = True) -> nn.Module:
     """A network from its `class` and arguments. Raises UserError for another class or wrong arguments."""
     arguments = dict(network)
