@@ -15,9 +15,9 @@ from fewstep import build, cli, config, plan
 from fewstep.config import Config
 from fewstep.core.errors import UserError
 from fewstep.memory import KINDS, Account, Part, account
+from fewstep.models import tiny
 from fewstep.models.passes import networks_of
 from fewstep.plan import Setting
-from tests.models import tiny_pipelines
 
 PROMPTED = """
 name: prompted
@@ -40,7 +40,7 @@ def configs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     small = ["device=cpu", "batch=16", "objective.ratio=1", f"model.teacher={tiny_teacher}"]
     found = {"unet": config.load("configs/scenes/dmd2.yaml", small)[0]}
     for family, more in OVERRIDES.items():
-        tiny_pipelines.make(family).save_pretrained(folder / family)
+        tiny.make(family).save_pretrained(folder / family)
         overrides = [f"model.teacher={folder / family}", f"data.source={folder / 'prompts.txt'}", *more]
         found[family] = config.load(folder / "one.yaml", overrides)[0]
     return found
