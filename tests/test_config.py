@@ -13,15 +13,29 @@ from fewstep import build, cli, config, measure
 from fewstep.core.errors import UserError
 from fewstep.data.source import NO_CAPTION, UNLABELLED, UNREADABLE, open_source
 from fewstep.models import schedulers
+from fewstep.models import tiny as pipelines
 from fewstep.train.loop import train_step
 
 CONFIGS = sorted(p for p in Path("configs").rglob("*.yaml") if p.name != "base.yaml")
 TRIED_HERE = [p for p in CONFIGS if "recipes" not in p.parts]  # the others are tried in test_recipes.py
 
 
-def tiny(file: Path, teacher: Path, sizes: dict[str, Any]) -> list[config.Config]:
+@pytest.fixture(scope="session")
+def tiny_prompted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pipeline of each family that the text-to-image configs are made for."""
+    root = tmp_path_factory.mktemp("prompted")
+    for family in ("sd15", "sd3"):
+        pipelines.make(family).save_pretrained(root / family)
+    return root
+
+
+def tiny(file: Path, teacher: Path, sizes: dict[str, Any], prompted: Path) -> list[config.Config]:
     overrides = ["batch=4", "pairs.count=8", "pairs.steps=2"]
-    if "teachers" in file.parts:
+    if "t2i" in str(file):
+        family = "sd3" if "sd3" in file.stem else "sd15"
+        overrides += [f"model.teacher={prompted / family}", "data.resolution=16"]
+        overrides += ["data.cache=8"] if "teachers" in file.parts else []
+    elif "teachers" in file.parts:
         overrides += [f"model.network.{k}={v}" for k, v in sizes.items()]
     else:
         overrides.append(f"model.teacher={teacher}")
@@ -29,8 +43,10 @@ def tiny(file: Path, teacher: Path, sizes: dict[str, Any]) -> list[config.Config
 
 
 @pytest.mark.parametrize("file", TRIED_HERE, ids=[p.stem for p in TRIED_HERE])
-def test_every_config_takes_two_steps(file: Path, tiny_teacher: Path, tiny_sizes: dict, tmp_path: Path) -> None:
-    for stage in tiny(file, tiny_teacher, tiny_sizes):
+def test_every_config_takes_two_steps(
+    file: Path, tiny_teacher: Path, tiny_sizes: dict, tiny_prompted: Path, tmp_path: Path
+) -> None:
+    for stage in tiny(file, tiny_teacher, tiny_sizes, tiny_prompted):
         stage.start = {}
         run = build.build(stage)
         build.prepare(run, tmp_path)
