@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fewstep import export, measure
 from fewstep.build import Run
 from fewstep.core.batch import Condition
-from fewstep.models import schedulers
+from fewstep.core.errors import UserError
+from fewstep.models import attention, schedulers
 from fewstep.models.codec import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
@@ -69,6 +70,7 @@ class Bench:
 
 
 Cell = Callable[[Bench], str]
+REFUSED = "refused"
 
 
 def figure(value: float) -> str:
@@ -229,8 +231,8 @@ def checkpointing(bench: Bench) -> str:
     return figure(distance)
 
 
-def attention(kind: SDPBackend) -> Cell:
-    """The column of a kernel of scaled_dot_product_attention: value and gradient beside the default's."""
+def attending(kernel: attention.Attention) -> Cell:
+    """The column of a kernel: value and gradient beside the default's, or why it is refused here."""
 
     def cell(bench: Bench) -> str:
         backbone, x, cond = bench.asked()
@@ -240,9 +242,14 @@ def attention(kind: SDPBackend) -> Cell:
             value = backbone(given, T, cond).value
             return torch.cat([value.detach().flatten(), torch.autograd.grad(value.square().mean(), given)[0].flatten()])
 
-        expected = asked()
-        with sdpa_kernel(kind):
-            distance = apart(asked(), expected)
+        expected, net = asked(), backbone.net
+        try:
+            attention.refuse(net, kernel, x.device.type, x.dtype, f"model.attention={kernel}")
+        except UserError as reason:
+            return f"{REFUSED}: {reason}"
+        attention.use(net, kernel)
+        assert f"attention {kernel} in" in attention.describe(net)
+        distance = apart(asked(), expected)
         assert distance < 1e-5, distance
         return figure(distance)
 
@@ -323,7 +330,7 @@ CELLS: dict[str, Cell] = {
     "stopped forward": stopped,
     "JVP": jvp,
     "checkpointing": checkpointing,
-    "math attention": attention(SDPBackend.MATH),
+    **{f"attention {kernel}": attending(kernel) for kernel in get_args(attention.Attention)},
     "export": exported,
 }
 SHARDED: dict[str, Cell] = {"FSDP2": fsdp2, "2 to 1": resharding}
