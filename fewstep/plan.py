@@ -271,13 +271,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def table(found: Account) -> list[str]:
     """What each role holds, then what is alive at the peak of each turn."""
-    held = [kind for kind in KINDS[:4]]
+    held, alive = KINDS[:4], [kind for kind in KINDS if kind != "gathered" or found.of_kind(kind)]
     rows = [["role", "parameters", *held]]
     for role, count in found.parameters.items():
         rows.append([role, f"{count:,}", *(shown(found.of_kind(kind, role=role)) for kind in held)])
-    peaks = [["turn of", *KINDS, "peak"]]
+    peaks = [["turn of", *alive, "peak"]]
     for turn, sizes in found.turns.items():
-        peaks.append([turn, *(shown(found.of_kind(kind, turn)) for kind in KINDS), shown(sizes.total())])
+        peaks.append([turn, *(shown(found.of_kind(kind, turn)) for kind in alive), shown(sizes.total())])
     return [*aligned(rows), "", *aligned(peaks)]
 
 

@@ -33,7 +33,7 @@ def test_the_explained_config_is_the_quickstart(tmp_path: Path) -> None:
 
 
 def test_every_command_shown_parses() -> None:
-    shown = re.findall(r"`fewstep (train|sample|eval|export|report|config|objectives)\b", README)
+    shown = re.findall(r"`fewstep (plan|train|sample|eval|export|report|config|objectives)\b", README)
     known = cli.parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert set(shown) == set(known)
 
