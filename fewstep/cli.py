@@ -206,6 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # xformers logs a page when it finds another torch than it was built for; diffusers imports it unasked.
     logging.getLogger("xformers").setLevel(logging.ERROR)
+    # diffusers warns of every old scheduler and every cast; what matters of that is a UserError here.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     args = _parse(arguments)
     try:
         args.call(args)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fewstep import build
 from fewstep import config as configs
 from fewstep.build import Run
-from fewstep.config import Config
+from fewstep.config import Config, RoleConfig
 from fewstep.core.errors import UserError
 from fewstep.data.source import Source, open_source
 from fewstep.latents import Latents
@@ -61,8 +61,6 @@ class Setting:
 
     config: Config
     gpus: int = 1
-    checkpointing: bool = False
-    low_teacher: bool = False
 
 
 def shaped(setting: Setting, mode: Fake) -> Run:
@@ -86,8 +84,6 @@ def shaped(setting: Setting, mode: Fake) -> Run:
             f"a batch of {config.batch} cannot be shared out to {setting.gpus} GPUs in {config.micro_batches} "
             f"micro-batches: make batch a multiple of {unit}"
         )
-    if setting.checkpointing:
-        checkpoint(run)
     become_fake(_modules(run), mode, device)
     for player in run.players.values():
         player.enlist()
@@ -111,15 +107,6 @@ def _modules(run: Run) -> list[nn.Module]:
     return [*networks_of(*triad), *triad, *followers, run.objective]
 
 
-def checkpoint(run: Run) -> None:
-    """Has every network that can recompute its blocks in the backward instead of keeping what they made."""
-    for net in vars(run.triad).values():
-        for part in net.modules() if net is not None else ():
-            shared = getattr(part, "shared", None) or getattr(part, "net", None)
-            if isinstance(shared, nn.Module) and can_checkpoint(getattr(part, "net", None)):
-                shared.enable_gradient_checkpointing()  # type: ignore[operator]
-
-
 def can_checkpoint(net: Any) -> bool:
     return getattr(net, "_supports_gradient_checkpointing", False) and not net.is_gradient_checkpointing
 
@@ -132,8 +119,6 @@ def foresee(setting: Setting) -> tuple[Account, Run]:
         for player in run.players.values():
             _make_moments(player)
         result = account(run, _steps(run))
-    if setting.low_teacher:
-        result = result.scaled(lambda part: 2 if part.role == "real_score" else 1)
     if setting.gpus > 1:
         result = result.scaled(lambda part: setting.gpus if part.sharded else 1)
         together = {Part("", "gathered"): gathered(networks_of(*vars(run.triad).values()))}
@@ -181,16 +166,26 @@ def switches(setting: Setting, run: Run) -> Iterator[Switch]:
     """What can be switched on, the harmless first: time for memory, then precision, then what is learned."""
     config, nets = setting.config, networks_of(*vars(run.triad).values())
     if any(can_checkpoint(net) for net in nets):
-        yield Switch("gradient checkpointing", lambda s: replace(s, checkpointing=True))
+        yield Switch("model.checkpointing=true", lambda s: _with_model(s, checkpointing=True))
     parts = 2 * config.micro_batches
     if config.batch % (parts * setting.gpus * run.objective.group) == 0:
         yield Switch(f"micro_batches={parts}", lambda s: replace(s, config=replace(s.config, micro_batches=parts)))
     frozen = {p.dtype for net in nets for p in net.parameters() if not p.requires_grad}
-    if run.triad.real_score is not None and torch.float32 in frozen and not setting.low_teacher:
-        yield Switch("a bfloat16 teacher", lambda s: replace(s, low_teacher=True))
+    if run.triad.real_score is not None and torch.float32 in frozen:
+        yield Switch("model.roles.real_score.precision=bf16", _with_low_teacher)
     for role in ("fake_score", "generator"):
         if config.model.teacher is not None and role in run.players and config.players[role].lora is None:
             yield Switch(f"players.{role}.lora={{}}", lambda s, role=role: _with_lora(s, role))  # type: ignore[misc]
+
+
+def _with_model(setting: Setting, **keys: Any) -> Setting:
+    return replace(setting, config=replace(setting.config, model=replace(setting.config.model, **keys)))
+
+
+def _with_low_teacher(setting: Setting) -> Setting:
+    roles = setting.config.model.roles
+    low = replace(roles.get("real_score", RoleConfig()), precision="bf16")
+    return _with_model(setting, roles={**roles, "real_score": low})
 
 
 def _with_lora(setting: Setting, role: str) -> Setting:
@@ -271,13 +266,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def table(found: Account) -> list[str]:
     """What each role holds, then what is alive at the peak of each turn."""
-    held = [kind for kind in KINDS[:4]]
+    held, alive = KINDS[:4], [kind for kind in KINDS if kind != "gathered" or found.of_kind(kind)]
     rows = [["role", "parameters", *held]]
     for role, count in found.parameters.items():
         rows.append([role, f"{count:,}", *(shown(found.of_kind(kind, role=role)) for kind in held)])
-    peaks = [["turn of", *KINDS, "peak"]]
+    peaks = [["turn of", *alive, "peak"]]
     for turn, sizes in found.turns.items():
-        peaks.append([turn, *(shown(found.of_kind(kind, turn)) for kind in KINDS), shown(sizes.total())])
+        peaks.append([turn, *(shown(found.of_kind(kind, turn)) for kind in alive), shown(sizes.total())])
     return [*aligned(rows), "", *aligned(peaks)]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep import build, cli, config, plan
+from fewstep.build import Run
 from fewstep.config import Config
 from fewstep.core.errors import UserError
 from fewstep.memory import KINDS, Account, Part, account
@@ -48,61 +49,69 @@ def configs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def measured(setting: Setting) -> Account:
     """Two real steps: the optimizer has its moments in the second."""
-    run = build.build(setting.config)
-    if setting.checkpointing:
-        plan.checkpoint(run)
-    return account(run, range(2))
+    return account(build.build(setting.config), range(2))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["unet", "sdxl", "wan"])
-def test_the_plan_is_what_the_run_then_holds(family: str, checkpointing: bool, configs: dict[str, Config]) -> None:
-    """Weights, gradients, moments and followers to the byte, activations and the peak to 5 %."""
-    setting = Setting(configs[family], checkpointing=checkpointing)
-    (planned, run), real = plan.foresee(setting), measured(setting)
-    assert all(isinstance(p, FakeTensor) for net in networks_of(*vars(run.triad).values()) for p in net.parameters())
+@pytest.fixture(scope="module")
+def full(configs: dict[str, Config]) -> tuple[Setting, Account, Run, Account]:
+    """The scenes' config as it is: its setting, its plan, the fake run that was played, and what was measured."""
+    setting = Setting(configs["unet"])
+    return setting, *plan.foresee(setting), measured(setting)
+
+
+def check(planned: Account, real: Account) -> None:
+    """Weights, gradients, moments and followers to the byte, the peak and the activations to 5 % (or 1 % of the peak)."""
     assert planned.parameters == real.parameters
     for role in real.parameters:
         for kind in ("weights", "gradients", "moments", "followers"):
             assert planned.of_kind(kind, role=role) == real.of_kind(kind, role=role), (role, kind)
-    for turn in ("generator", "fake_score"):
-        assert planned.of_kind("activations", turn) == pytest.approx(real.of_kind("activations", turn), rel=0.05)
+    for turn in ("batch", "generator", "fake_score"):
+        found, expected = (one.of_kind("activations", turn) for one in (planned, real))
+        assert found == pytest.approx(expected, rel=0.05, abs=0.01 * real.peak)
     assert planned.peak == pytest.approx(real.peak, rel=0.05)
     assert planned.of_kind("activations", "generator") > 0.3 * real.of_kind("weights")
 
 
-def test_checkpointing_and_a_lora_critic_save_what_the_plan_says(configs: dict[str, Config]) -> None:
-    setting = Setting(configs["unet"])
-    planned, run = plan.foresee(setting)
+def test_the_plan_is_what_the_run_then_holds(full: tuple[Setting, Account, Run, Account]) -> None:
+    _, planned, run, real = full
+    assert all(isinstance(p, FakeTensor) for net in networks_of(*vars(run.triad).values()) for p in net.parameters())
+    check(planned, real)
+
+
+@pytest.mark.parametrize(
+    "family, checkpointing", [("unet", True), ("sdxl", False), ("sdxl", True), ("wan", False), ("wan", True)]
+)
+def test_other_plans_are_too(family: str, checkpointing: bool, configs: dict[str, Config]) -> None:
+    model = replace(configs[family].model, checkpointing=checkpointing)
+    setting = Setting(replace(configs[family], model=model))
+    check(plan.foresee(setting)[0], measured(setting))
+
+
+def test_a_lora_critic_saves_what_the_plan_says(full: tuple[Setting, Account, Run, Account]) -> None:
+    setting, planned, run, real = full
     found = {switch.said: switch for switch in plan.switches(setting, run)}
     assert list(found) == [
-        "gradient checkpointing",
+        "model.checkpointing=true",
         "micro_batches=2",
-        "a bfloat16 teacher",
+        "model.roles.real_score.precision=bf16",
         "players.fake_score.lora={}",
         "players.generator.lora={}",
     ]
-    real = measured(setting)
-    for said in ("micro_batches=2", "players.fake_score.lora={}"):
+    for said in ("players.fake_score.lora={}", "model.roles.real_score.precision=bf16"):
         changed = found[said].change(setting)
         saved = planned.peak - plan.foresee(changed)[0].peak
-        assert saved == pytest.approx(real.peak - measured(changed).peak, rel=0.05) and saved > 0.02 * real.peak
+        assert saved == pytest.approx(real.peak - measured(changed).peak, rel=0.05) and saved > 0.004 * real.peak
 
 
-def test_gpus_share_networks_and_batch(configs: dict[str, Config]) -> None:
+def test_gpus_share_networks_and_batch(full: tuple[Setting, Account, Run, Account]) -> None:
     """Of two GPUs each holds half of the networks and of what belongs to them, the heads whole, half the batch."""
-    setting = Setting(configs["unet"])
-    alone, run = plan.foresee(setting)
-    halved, _ = plan.foresee(replace(setting, config=replace(setting.config, batch=8)))
+    setting, alone, run, _ = full
     shared, _ = plan.foresee(replace(setting, gpus=2))
-    heads = sum(p.nbytes for p in run.objective.parameters())
-    buffers = sum(b.nbytes for net in networks_of(*vars(run.triad).values()) for b in net.buffers())
-    assert buffers == 0 and heads > 0
+    heads = sum(p.nbytes for p in run.objective.parameters() if p not in {*run.triad.fake_score.parameters()})
     for kind, whole in {"weights": heads, "moments": 2 * heads, "followers": 0}.items():
-        expected = (alone.of_kind(kind) - whole) / 2 + whole
-        assert shared.of_kind(kind) == pytest.approx(expected, rel=0.01)
-    assert shared.of_kind("activations", "generator") == halved.of_kind("activations", "generator")
-    assert shared.of_kind("gathered") > 0
+        assert shared.of_kind(kind) == pytest.approx((alone.of_kind(kind) + whole) / 2, rel=0.01)
+    halved = shared.of_kind("activations", "generator") / alone.of_kind("activations", "generator")
+    assert 0.45 < halved < 0.55 and 0 < shared.of_kind("gathered") < alone.of_kind("weights")
 
 
 def test_what_is_gathered_is_the_root_and_the_largest_block() -> None:
@@ -127,7 +136,7 @@ def test_switches_are_added_until_it_fits(configs: dict[str, Config], monkeypatc
 
     def peak(setting: Setting) -> int:
         adapters = sum(player.lora is not None for player in setting.config.players.values())
-        saved = 30 * setting.checkpointing + setting.low_teacher + 20 * adapters
+        saved = 30 * setting.config.model.checkpointing + len(setting.config.model.roles) + 20 * adapters
         return 100 - saved - 10 * (setting.config.micro_batches.bit_length() - 1)
 
     run: Any = plan.shaped(Setting(replace(configs["unet"], batch=2)), plan.Fake())
@@ -139,7 +148,7 @@ def test_switches_are_added_until_it_fits(configs: dict[str, Config], monkeypatc
     monkeypatch.setattr(plan, "can_checkpoint", lambda net: True)
     setting = Setting(replace(configs["unet"], batch=2))
     found, _ = foreseen(setting)
-    together = ["gradient checkpointing", "micro_batches=2", "players.fake_score.lora={}"]
+    together = ["model.checkpointing=true", "micro_batches=2", "players.fake_score.lora={}"]
     assert list(plan.fitting(setting, 65, {(): foreseen(setting)})) == together[:2]
     assert list(plan.fitting(setting, 40, {(): foreseen(setting)})) == together
     said = "\n".join(plan.advice(setting, 40, found, run))
@@ -165,7 +174,7 @@ stages:
     said = capsys.readouterr().out
     first, second = said.split("stage 2 of 2")
     assert "stage 1 of 2" in first and "fake_score" not in first and "fake_score" in second
-    assert said.count("fits: ") == 2 and all(kind in first for kind in KINDS)
+    assert said.count("fits: ") == 2 and all(kind in first for kind in KINDS if kind != "gathered")
     table = [line for line in second.splitlines() if line.startswith(("role", "generator", "real_score", "fake_score"))]
     assert len({len(line) for line in table[:4]}) == 1
 
