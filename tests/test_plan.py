@@ -60,7 +60,7 @@ def full(configs: dict[str, Config]) -> tuple[Setting, Account, Run, Account]:
 
 
 def check(planned: Account, real: Account) -> None:
-    """Weights, gradients, moments and followers to the byte, the peak and the activations to 5 % (or 1 % of the peak)."""
+    """Weights, gradients, moments and followers to the byte; the rest to 5 %, activations also to 1 % of the peak."""
     assert planned.parameters == real.parameters
     for role in real.parameters:
         for kind in ("weights", "gradients", "moments", "followers"):
