@@ -186,7 +186,10 @@ def _codec(config: Config, backbone: DiffusersBackbone, codecs: Callable[..., Co
         raise UserError(
             "a network that reads prompts comes with its text encoders: set model.teacher to the folder of its pipeline"
         )
-    return codecs(teacher, config.model.revision)
+    codec = codecs(teacher, config.model.revision)
+    if config.model.max_sequence_length is not None:
+        codec.give_tokens(config.model.max_sequence_length)
+    return codec
 
 
 def _wear(config: Config, codec: Codec | None, net: nn.Module, weights: bool) -> dict[str, Factors] | None:

@@ -126,6 +126,7 @@ def card(run: Run, dtype: torch.dtype, tag: str = Pixels.tag, licence: str | Non
         pipeline_tag=tag,
         tags=["fewstep", *(["few-step", "distillation"] if _distilled(run) else [])],
         num_inference_steps=len(run.rollout),
+        max_sequence_length=model.max_sequence_length,
         id2label=dict(enumerate(run.source.labels)) or None,
         null_label=run.teacher.null_label,
     )
@@ -168,6 +169,8 @@ def _how(run: Run) -> str:
 def _how_to_prompt(run: Run) -> str:
     side, frames = run.config.data.resolution, run.config.data.frames
     length = "" if frames is None else f"    num_frames={frames},\n"
+    if tokens := run.config.model.max_sequence_length:
+        length += f"    max_sequence_length={tokens},  # as in training\n"
     lacking = "".join(f", {part}=None" for part in left_out(run.teacher.codec.pipeline)) if run.teacher.codec else ""
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"

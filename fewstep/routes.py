@@ -54,8 +54,9 @@ class Prompted:
 
     tag = "text-to-image"
 
-    def __init__(self, teacher: Any, size: tuple[int, int], frames: int | None):
+    def __init__(self, teacher: Any, size: tuple[int, int], frames: int | None, tokens: int | None):
         self.teacher, self.size, self.frames = teacher, size, frames
+        self.tokens = {} if tokens is None else {"max_sequence_length": tokens}
         if frames is not None:
             self.tag = "text-to-video"
 
@@ -79,11 +80,15 @@ class Prompted:
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
             return_dict=False,
+            **self.tokens,
         )[0]
 
     def told(self, pipeline: Any) -> Condition:
         """What `walk` told the network."""
-        return codec_of(pipeline).encode_prompts([""], size=self.size)
+        codec = codec_of(pipeline)
+        if self.tokens:
+            codec.give_tokens(self.tokens["max_sequence_length"])
+        return codec.encode_prompts([""], size=self.size)
 
 
 Route = Pixels | Prompted
@@ -111,8 +116,8 @@ def exportable(run: Run) -> DiffusersBackbone:
 def route_of(run: Run, net: nn.Module) -> Route:
     """The pipeline that runs `net`. Raises UserError where there is none."""
     if run.teacher.codec is not None:
-        side = run.config.data.resolution
-        return Prompted(run.teacher.codec.pipeline, (side, side), run.config.data.frames)
+        side, frames = run.config.data.resolution, run.config.data.frames
+        return Prompted(run.teacher.codec.pipeline, (side, side), frames, run.config.model.max_sequence_length)
     if not isinstance(net, diffusers.UNet2DModel):
         raise UserError(
             f"no stock diffusers pipeline runs a {type(net).__name__} on pixels (DiTPipeline needs a VAE): "

@@ -132,6 +132,8 @@ def _of_pipeline(folder: Path, steps: int | None, guidance: float) -> Sampler:
     names = tuple(str(name) for name in (header.get("id2label") or {}).values())
     device = build.pick_device("auto")
     codec = open_codec(str(folder)).to(device) if found.index.get("_class_name") in CODECS else None
+    if codec is not None and header.get("max_sequence_length"):
+        codec.give_tokens(int(header["max_sequence_length"]))
     unconditional = codec.unconditional() if codec is not None else None
     net = DiffusersBackbone(loaded.net.eval(), schedule, kind, header.get("null_label"), unconditional)
     classes = net.family.classes(loaded.net) or 0

@@ -24,6 +24,8 @@ class Codec(nn.Module):
 
     NEEDS: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     MAY_LACK: ClassVar[tuple[str, ...]] = ()
+    max_sequence_length: int | None = None
+    """tokens that the last text encoder gives; None for a family whose pipeline is not asked for it"""
     # Arguments of the pipeline that keep what no codec needs from being loaded.
     UNUSED: ClassVar[Mapping[str, Any]] = {}
 
@@ -43,6 +45,16 @@ class Codec(nn.Module):
         needed = tuple(dict.fromkeys([*cls.NEEDS, *encoders, *tokenizers]))
         if absent := [name for name in needed if name not in there]:
             raise UserError(f"{what} has no {', no '.join(absent)}: prompts and images need {', '.join(needed)}")
+
+    def give_tokens(self, count: int) -> None:
+        """Sets `max_sequence_length`, by default what the pipeline's own call takes. Raises UserError if it has none."""
+        if self.max_sequence_length is None:
+            raise UserError(
+                f"a {type(self.pipeline).__name__} always gives as many tokens: remove max_sequence_length={count}"
+            )
+        if not 1 <= count <= _MOST_TOKENS:
+            raise UserError(f"max_sequence_length is from 1 to {_MOST_TOKENS} tokens, but {count} was given")
+        self.max_sequence_length = count
 
     def train(self, mode: bool = True) -> Codec:
         # Whoever holds a codec may be trained; its dropout would make the same prompt mean two things.
@@ -172,11 +184,16 @@ class StableDiffusion3(Codec):
     NEEDS = ("vae", "text_encoder", "text_encoder_2")
     MAY_LACK = ("text_encoder_3", "tokenizer_3")
     UNUSED: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
-    LONGEST = 256  # what the pipeline's own call gives the third encoder
+    max_sequence_length = 256
 
     def _embed(self, prompts):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, self._device, do_classifier_free_guidance=False, max_sequence_length=self.LONGEST
+            prompts,
+            None,
+            None,
+            self._device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -184,7 +201,7 @@ class StableDiffusion3(Codec):
         for tokenizer in (self.pipeline.tokenizer, self.pipeline.tokenizer_2):
             yield tokenizer, self.pipeline.tokenizer_max_length
         if self.pipeline.text_encoder_3 is not None:
-            yield self.pipeline.tokenizer_3, self.LONGEST
+            yield self.pipeline.tokenizer_3, self.max_sequence_length
 
     def _grid(self, height, width, factor, patch):
         return super()._grid(height, width, factor, self.pipeline.patch_size)
@@ -194,16 +211,19 @@ class Wan(Codec):
     """Videos; one UMT5, with zeros after the prompt."""
 
     UNUSED: ClassVar[Mapping[str, Any]] = {"transformer_2": None}
-    LONGEST = 512  # what the pipeline's own call asks for; its encode_prompt alone would take 226
+    max_sequence_length = 512  # of the pipeline's call; its encode_prompt alone would take 226
 
     def _embed(self, prompts):
         embeds, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=self.LONGEST, device=self._device
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self._device,
         )
         return {"encoder_hidden_states": embeds}
 
     def _limits(self):
-        yield self.pipeline.tokenizer, self.LONGEST
+        yield self.pipeline.tokenizer, self.max_sequence_length
 
     def latent_shape(self, height, width, frames=None):
         factor = self.pipeline.vae_scale_factor_temporal
@@ -267,6 +287,7 @@ def open_codec(
 
 
 _NETWORKS = ("vae", "text_encoder")
+_MOST_TOKENS = 512  # the families' pipelines refuse more
 
 
 def _shape(pipeline: loading.Pipeline, part: str, dtype: torch.dtype) -> nn.Module:
