@@ -15,68 +15,16 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from bare_passes import Bare, cycle_of
 
 from fewstep import build, config
 from fewstep.build import Run
-from fewstep.models.backbone import frozen
 from fewstep.models.passes import PassCounter, networks_of
-from fewstep.models.taps import Stopped, tapped
-from fewstep.train.loop import train_step
 from fewstep.train.player import Player
-
-
-class Bare:
-    """The passes of one cycle: x (B, *S) through the plain networks, with the cheapest possible losses."""
-
-    def __init__(self, run: Run):
-        self.generator, self.real, self.fake = (
-            networks_of(net)[0] for net in (run.triad.generator, run.triad.real_score, run.triad.fake_score)
-        )
-        size = run.config.batch
-        self.x = torch.randn(size, *run.shape)
-        self.t = torch.full((size,), 500.0)
-        self.labels = torch.arange(size) % max(1, len(run.source.labels))
-        self.guided = run.config.model.guidance != 1
-        self.ratio = run.config.objective.ratio  # type: ignore[attr-defined]
-        self.heads = run.objective.heads  # type: ignore[attr-defined]
-
-    def forward(self, net: nn.Module, x: Tensor, tap: bool = False, stop: bool = False) -> tuple[Tensor, Tensor]:
-        """The output and the tapped features; the output is empty when stopped."""
-        output = x.new_zeros(())
-        with tapped(net, ("mid_block",) if tap else (), stop) as features, suppress(Stopped):
-            output = net(x, self.t, class_labels=self.labels, return_dict=False)[0]
-        return output, features.get("mid_block", output)
-
-    def generator_turn(self, sample: Tensor) -> None:
-        with torch.no_grad():
-            self.forward(self.real, self.x)
-            if self.guided:
-                self.forward(self.real, self.x)
-        with frozen(self.fake), frozen(self.heads):
-            _, features = self.forward(self.fake, sample, tap=True)
-            (sample.mean() + self.heads({"mid_block": features}).mean()).backward()
-
-    def critic_turn(self) -> None:
-        output, features = self.forward(self.fake, self.x, tap=True)
-        _, real = self.forward(self.fake, self.x, tap=True, stop=True)
-        logits = self.heads({"mid_block": features}).mean() + self.heads({"mid_block": real}).mean()
-        (output.mean() + logits).backward()
-
-    def cycle(self) -> None:
-        for step in range(self.ratio):
-            with torch.set_grad_enabled(step == 0):
-                sample, _ = self.forward(self.generator, self.x)
-            if step == 0:
-                self.generator_turn(sample)
-            self.critic_turn()
-        for net in (self.generator, self.fake, self.heads):
-            net.zero_grad(set_to_none=True)
 
 
 class Standing(Player):
@@ -85,16 +33,6 @@ class Standing(Player):
     def move(self, step: int) -> float:
         self.clear()
         return 0.0
-
-
-def cycle_of(run: Run) -> Callable[[], None]:
-    batches, ratio = build.batches(run), run.config.objective.ratio  # type: ignore[attr-defined]
-
-    def cycle() -> None:
-        for step in range(ratio):
-            train_step(run.objective, batches(step), step, run.players)
-
-    return cycle
 
 
 def ratios(cycle: Callable[[], None], bare: Callable[[], None], rounds: int) -> list[float]:
