@@ -523,20 +523,25 @@ def _made(places: list[Path], name: str, recipe: str, make: Callable[[Path, str]
 
 def pairs_recipe(run: Run) -> str:
     """Everything that decides what the pairs are."""
-    model, data = run.config.model, run.config.data
+    model = run.config.model
     base = [p for name, p in run.teacher.net.named_parameters() if ".lora_" not in name]
     settings = {"guidance": model.guidance, "negative_prompt": model.negative_prompt, "shift": run.teacher.shift}
     if model.lora is not None and run.teacher.codec is not None:
         settings["encoders"] = _sums(run.teacher.codec.encoders.parameters())
-    made = {**settings, "weights": _sums(base), "pairs": asdict(run.config.pairs), "data": asdict(data)}
+    settings["tokens"] = model.max_sequence_length
+    made = {**settings, "weights": _sums(base), "pairs": asdict(run.config.pairs), "data": _data(run)}
     return json.dumps(made, sort_keys=True)
 
 
 def latents_recipe(run: Run) -> str:
     """Everything that decides what the latents are."""
     assert run.teacher.codec is not None
-    made = {"weights": _sums(run.teacher.codec.pipeline.vae.parameters()), "data": asdict(run.config.data)}
+    made = {"weights": _sums(run.teacher.codec.pipeline.vae.parameters()), "data": _data(run)}
     return json.dumps(made, sort_keys=True)
+
+
+def _data(run: Run) -> dict[str, Any]:
+    return {**asdict(run.config.data), "checksum": run.source.checksum()}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -114,7 +115,10 @@ def can_checkpoint(net: Any) -> bool:
 def foresee(setting: Setting) -> tuple[Account, Run]:
     """What one GPU will hold, by playing one step of each kind on fake tensors; and the fake run that was played."""
     mode = Fake()
-    run = shaped(setting, mode)
+    with warnings.catch_warnings():
+        # Copies of fake tensors are meant: nothing reads their data.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        run = shaped(setting, mode)
     with mode:
         for player in run.players.values():
             _make_moments(player)

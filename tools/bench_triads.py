@@ -115,7 +115,12 @@ def wan() -> Any:
         ffn_dim=8960,
         num_layers=30,
     )
-    sizes = {**pipeline.vae.config, "z_dim": channels, "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    sizes = {
+        **pipeline.vae.config,
+        "z_dim": channels,
+        "latents_mean": [0.0] * channels,
+        "latents_std": [1.0] * channels,
+    }
     encoder = tiny.t5(transformers.UMT5Config, transformers.UMT5EncoderModel, 4096)
     vae = diffusers.AutoencoderKLWan.from_config(sizes)
     pipeline.register_modules(transformer=transformer, text_encoder=encoder, vae=vae)
@@ -245,7 +250,12 @@ def main() -> None:
                 rows.append({**asdict(case), **apart(case, options, Path(temporary))})
                 print("done:", " ".join(map(str, asdict(case).values())), flush=True)
     rated(rows, rate)
-    record = {"commit": commit, "date": f"{date.today():%Y-%m-%d}", "hardware": hardware, "matrix_tflop_per_second": rate}
+    record = {
+        "commit": commit,
+        "date": f"{date.today():%Y-%m-%d}",
+        "hardware": hardware,
+        "matrix_tflop_per_second": rate,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     print(table(rows))

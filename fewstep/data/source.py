@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -42,6 +44,10 @@ class Source(ABC):
     def captions(self, ids: Tensor) -> list[str]:
         """What a network that reads prompts is told of the samples `ids` (B,): the name of the label, or nothing."""
         return [self.labels[label] if self.labels else "" for label in self.label_of(ids).tolist()]
+
+    def checksum(self) -> str:
+        """Of what may change while its name stays: the files of a folder, the lines of a text. "" for a world."""
+        return ""
 
     def held_out(self) -> Source:
         """The same world without what the training sees; a finite source has nothing else than itself."""
@@ -153,6 +159,10 @@ class FolderSource(Source):
         image = transforms.center_crop(image, [side, side])
         return transforms.resize(image, [self.resolution, self.resolution], antialias=True)
 
+    def checksum(self) -> str:
+        told = "\n".join([*self._captions, *map(str, self._labels.tolist())])
+        return _checksum(told.encode(), self._images.numpy())
+
     def _rows(self, ids: Tensor) -> Tensor:
         return shuffled(ids, len(self._images), self.seed, "folder.order")
 
@@ -185,6 +195,9 @@ class PromptSource(Source):
         if not self.prompts:
             raise UserError(f"data.source={file} has no prompt: write one a line")
 
+    def checksum(self) -> str:
+        return _checksum("\n".join(self.prompts).encode())
+
     def label_of(self, ids: Tensor) -> Tensor:
         return torch.zeros_like(ids)
 
@@ -193,6 +206,14 @@ class PromptSource(Source):
 
     def captions(self, ids: Tensor) -> list[str]:
         return [self.prompts[row] for row in shuffled(ids, len(self.prompts), self.seed, "prompts.order").tolist()]
+
+
+def _checksum(*parts: Any) -> str:
+    """Of bytes, one buffer after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def shuffled(ids: Tensor, count: int, seed: int, purpose: str) -> Tensor:

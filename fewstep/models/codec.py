@@ -47,7 +47,7 @@ class Codec(nn.Module):
             raise UserError(f"{what} has no {', no '.join(absent)}: prompts and images need {', '.join(needed)}")
 
     def give_tokens(self, count: int) -> None:
-        """Sets `max_sequence_length`, by default what the pipeline's own call takes. Raises UserError if it has none."""
+        """Sets `max_sequence_length`, by default that of the pipeline's own call. Raises UserError if it has none."""
         if self.max_sequence_length is None:
             raise UserError(
                 f"a {type(self.pipeline).__name__} always gives as many tokens: remove max_sequence_length={count}"

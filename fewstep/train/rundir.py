@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -75,7 +76,7 @@ class RunDir:
         write_text(self.root / "config.yaml", config)
         packages = ("fewstep", "torch", "diffusers", "transformers", "safetensors", "omegaconf")
         origin = {
-            "command": " ".join(sys.argv),
+            "command": _command(),
             "commit": _commit(),
             "python": platform.python_version(),
             "packages": {name: importlib.metadata.version(name) for name in packages},
@@ -84,6 +85,12 @@ class RunDir:
             "teacher": dict(teacher),
         }
         write_text(self.root / "origin.json", json.dumps(origin, indent=1))
+
+
+def _command() -> str:
+    """What was typed, without where this program lies."""
+    program = Path(sys.argv[0])
+    return shlex.join(["fewstep" if program.name in ("cli.py", "fewstep") else program.name, *sys.argv[1:]])
 
 
 def _commit() -> str:

@@ -233,3 +233,24 @@ def test_latents_have_the_shape_of_the_pipeline() -> None:
     shapes = {family: codec_of(tiny.make(family)) for family in ("sd15", "sd3", "wan")}
     assert shapes["sd15"].latent_shape(16, 24) == (4, 8, 12) == shapes["sd3"].latent_shape(16, 24)
     assert shapes["wan"].latent_shape(32, 16, 9) == (4, 3, 4, 2) and isinstance(shapes["wan"], Codec)
+
+
+@pytest.mark.parametrize(("name", "of_clips"), [("sd3", tiny.LENGTH), ("wan", 0)])
+def test_the_last_encoder_gives_as_many_tokens_as_it_is_asked_for(name: str, of_clips: int) -> None:
+    """As the pipeline gives them for that max_sequence_length; both pad, so shorter texts are cut from longer ones."""
+    codec = codec_of(tiny.make(name))
+    usual = codec.encode_prompts(["a disc"]).inputs["encoder_hidden_states"]
+    codec.give_tokens(9)
+    fewer = codec.encode_prompts(["a disc"]).inputs["encoder_hidden_states"]
+    assert usual.shape[1] == of_clips + {"sd3": 256, "wan": 512}[name] and fewer.shape[1] == of_clips + 9
+    assert torch.equal(fewer[:, :of_clips], usual[:, :of_clips])
+    with pytest.raises(UserError, match="10 tokens, but this model reads 9"):
+        codec.encode_prompts(["nine byte"])
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "said"), [("sdxl", 9, "always gives as many"), ("wan", 513, "from 1 to 512")]
+)
+def test_tokens_that_a_pipeline_cannot_be_asked_for(name: str, count: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        codec_of(tiny.make(name)).give_tokens(count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,17 @@ def test_resumed_in_the_second_epoch_is_bit_exact(lost: bool, given: list[str], 
     assert cli.main(["train", *given, "steps=6", "data.cache=0", "--resume", str(run)]) == 2
     assert cli.main(["train", *given, "steps=6", "--resume", str(run)]) == 0
     assert checkpoint.sha256(end / "state.safetensors") == expected
+
+
+def test_another_image_under_the_same_name_is_encoded_again(given: list[str], tmp_path: Path) -> None:
+    before = build.latents_recipe(build.build(config.load(given[0], given[1:])[0]))
+    images = tmp_path / "images"
+    shutil.copytree(given[2].removeprefix("data.source="), images)
+    here = [*given[1:], f"data.source={images}"]
+    assert json.loads(before)["data"]["checksum"] == checksum(given[0], here)
+    Image.new("RGB", (16, 16), (40, 91, 30)).save(images / "1.png")
+    assert json.loads(before)["data"]["checksum"] != checksum(given[0], here)
+
+
+def checksum(file: str, overrides: list[str]) -> str:
+    return json.loads(build.latents_recipe(build.build(config.load(file, overrides)[0])))["data"]["checksum"]

@@ -214,3 +214,22 @@ def test_a_prompt_that_is_too_long_is_found_before_training(
     assert cli.main(["train", str(file), *given, f"--out={tmp_path / 'runs'}"]) == 2
     assert "tokens, but this model reads" in capsys.readouterr().err
     assert not list((tmp_path / "runs").glob("*/log.jsonl"))
+
+
+def test_a_student_of_few_tokens_says_so_in_its_export(file: Path, prompts: Path, tmp_path: Path) -> None:
+    """The exported folder is sampled with the tokens of the training, and its page tells plain diffusers of them."""
+    where = [f"model.teacher={teacher('sd3', tmp_path)}", f"data.source={prompts}"]
+    folder = play(file, tmp_path / "runs", *where, "model.max_sequence_length=20")
+    page = (folder / "export" / "README.md").read_text()
+    assert "    max_sequence_length=20," in page
+    pictures = []
+    for place in (folder, folder / "export"):
+        out = tmp_path / "x.png"
+        assert (
+            cli.main(["sample", str(place), "--prompt", "a disc", "--count", "2", "--steps", "2", f"--out={out}"]) == 0
+        )
+        pictures.append(np.asarray(Image.open(out)).astype(int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+    shorter = page.replace("max_sequence_length: 20", "max_sequence_length: 9")
+    (folder / "export" / "README.md").write_text(shorter)
+    assert cli.main(["sample", str(folder / "export"), "--prompt", "a long disc", f"--out={tmp_path / 'y.png'}"]) == 2
