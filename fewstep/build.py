@@ -80,6 +80,12 @@ class Run:
     pairs: pairs.Pairs | None = None
     latents: latents.Latents | None = None
 
+    @property
+    def at_once(self) -> int:
+        """How many samples are made at once outside training, without more memory than training takes."""
+        config = self.config
+        return config.evals.batch or max(1, config.batch // config.micro_batches // processes.size())
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] as what the networks work on."""
         codec = self.teacher.codec
@@ -210,11 +216,52 @@ def _shape(teacher: Teacher, config: Config) -> tuple[int, ...]:
     """The shape of one sample: of pixels, or of latents."""
     resolution = config.data.resolution
     if teacher.codec is not None:
-        return teacher.codec.latent_shape(resolution, resolution, config.data.frames)
+        shape = teacher.codec.latent_shape(resolution, resolution, config.data.frames)
+        _refuse_unmatched(teacher, shape[0])
+        return shape
     size, channels = teacher.net.config.sample_size, teacher.net.config.in_channels
     if size not in (None, resolution):
         raise UserError(f"the network makes {size}x{size} images, but data.resolution is {resolution}")
     return channels, resolution, resolution
+
+
+_READS = ("cross_attention_dim", "joint_attention_dim", "text_dim")
+"""where the families say how wide the texts are that they read"""
+
+
+def _refuse_unmatched(teacher: Teacher, channels: int) -> None:
+    """Raises UserError where the denoiser, the VAE and the text encoders are not those of one pipeline."""
+    known, vae = teacher.net.config, teacher.codec.vae.config  # type: ignore[union-attr]
+    if known.in_channels != channels:
+        raise UserError(
+            f"the VAE of this pipeline makes latents of {channels} channels, but its {type(teacher.net).__name__} "
+            f"takes {known.in_channels}: put the two of one model into model.teacher"
+        )
+    reads = next(known[name] for name in _READS if known.get(name) is not None)
+    given = teacher.unconditional.inputs["encoder_hidden_states"].shape[-1]  # type: ignore[union-attr]
+    if given != reads:
+        raise UserError(
+            f"the text encoders of this pipeline give {given} features a token, but its {type(teacher.net).__name__} "
+            f"reads {reads}: put those of one model into model.teacher"
+        )
+    if vae.get("scaling_factor") is None and vae.get("latents_std") is None:
+        raise UserError("the VAE of this pipeline does not say its scale: set scaling_factor in its config.json")
+
+
+_SCALES = (0.2, 5.0)  # the usual scales are .13 to .18: left out or applied twice they are outside
+
+
+def _check_scale(run: Run) -> None:
+    """Raises UserError where the latents of images are not of the size that networks are trained on."""
+    ids = torch.arange(8)
+    some = run.encode(run.source.images(ids)) if run.latents is None else run.latents.of(run.latents.visited(ids))
+    deviation = some.std().item()
+    if not _SCALES[0] < deviation < _SCALES[1]:
+        raise UserError(
+            f"latents of 8 images of {run.config.data.source} have a deviation of {deviation:.2g}, but networks are "
+            f"trained on about 1: the scale in the config.json of the VAE in {run.config.model.teacher} is not that "
+            "of its network"
+        )
 
 
 def _check_cache(config: Config, teacher: Teacher, source: Source) -> None:
@@ -510,6 +557,8 @@ def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
             places, name, latents_recipe(run), lambda to, how: latents.save(to, make_latents(run), how)
         )
         run.latents = latents.load(made_latents, run.config.seed)
+    if run.teacher.codec is not None and "x0" in run.objective.reads:
+        _check_scale(run)
 
 
 def _made(places: list[Path], name: str, recipe: str, make: Callable[[Path, str], None]) -> Path:
@@ -556,7 +605,8 @@ def make_latents(run: Run) -> latents.Latents:
     """The latents of the first `data.cache` samples, or of the whole folder."""
     count = run.config.data.cache
     with tqdm(total=count, unit="image", desc="latents", dynamic_ncols=True) as bar:
-        return latents.make(run.encode, run.source.images, count, run.config.seed, progress=bar.update)
+        seed, images = run.config.seed, run.source.images
+        return latents.make(run.encode, images, count, seed, run.at_once, progress=bar.update)
 
 
 def make_pairs(run: Run) -> pairs.Pairs:
@@ -567,10 +617,11 @@ def make_pairs(run: Run) -> pairs.Pairs:
     walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
     guided = run.guided()
     with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True) as bar:
-        told = run.conditions.of
-        return pairs.make_pairs(
-            guided, walk, told, run.shape, config.count, config.seed, progress=bar.update, device=run.device
-        )
+        told, batch = run.conditions.of, run.at_once
+        made = pairs.make_pairs(guided, walk, told, run.shape, config.count, config.seed, batch, bar.update, run.device)
+    if run.triad.real_score is None:
+        teacher.net.to("cpu")  # it has said all it will be asked
+    return made
 
 
 def executed(run: Run) -> list[str]:

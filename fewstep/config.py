@@ -165,11 +165,15 @@ class EvalConfig:
     """steps between measurements of the student; 0 = only at the end"""
     samples: int = 2000
     """images measured at the end; 0 = no table"""
+    batch: int | None = None
+    """images made at once where they are seen or measured; default: as many as a process trains on at once"""
     baseline: bool = True
     """also measure the undistilled teacher at the student's step count"""
 
     def __post_init__(self) -> None:
         check_samples("evals.samples", self.samples)
+        if self.batch is not None and self.batch < 1:
+            raise UserError(f"evals.batch is a number of images from 1, but {self.batch} was given")
         if self.every < 0 or self.measure_every < 0:
             raise UserError("evals.every and evals.measure_every are numbers of steps, 0 for never")
 

@@ -109,12 +109,10 @@ def teacher(run: Run, steps: int) -> tuple[Backbone, Rollout]:
     return run.guided(), Rollout(schedulers.steps_of(scheduler, steps), transition("ode"))
 
 
-def made(
-    run: Run, net: Backbone, rollout: Rollout, count: int, seed: int, progress: bool = False, batch: int = 250
-) -> Tensor:
+def made(run: Run, net: Backbone, rollout: Rollout, count: int, seed: int, progress: bool = False) -> Tensor:
     """Images (N, C, H, W) in [-1, 1] of what is asked for in this run."""
     asked = run.conditions.asked
-    return generate(net, rollout, asked, count, run.shape, seed, batch, progress, run.decode, run.device)
+    return generate(net, rollout, asked, count, run.shape, seed, run.at_once, progress, run.decode, run.device)
 
 
 def save_student_grid(run: Run, path: Path, count: int = 48) -> None:
@@ -240,7 +238,9 @@ def prompt_diversity(run: Run, net: Backbone, rollout: Rollout, source: Captione
     """How much images of one prompt differ, as a share of how much true scenes of it do: the mean over prompts."""
     prompts = torch.arange(PROMPTS).repeat_interleave(EACH)
     asked = lambda rows: run.conditions.asked(prompts.to(rows.device)[rows])
-    images = generate(net, rollout, asked, len(prompts), run.shape, SAMPLE_SEED, decode=run.decode)
+    images = generate(
+        net, rollout, asked, len(prompts), run.shape, SAMPLE_SEED, run.at_once, decode=run.decode, device=run.device
+    )
     others = torch.arange(PROMPTS).repeat_interleave(TRUE_EACH)
     said = torch.tensor([attributes_of(caption) for caption in run.conditions.names(others)])
     scenes, ids = source.held_out().scenes, torch.arange(len(others))

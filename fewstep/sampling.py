@@ -31,6 +31,7 @@ __all__ = ["Sampler", "add_arguments", "labelled_grid", "main", "open_folder"]
 
 MANY_STEPS = 50
 """passes for a folder that does not say how many it was made for"""
+_LATENTS_AT_ONCE = 4  # each becomes an image of a million pixels
 _COLUMNS = 20
 _TILE = 64
 _GAP = 4
@@ -59,6 +60,7 @@ class Sampler:
     classes: int
     decode: Callable[[Tensor], Tensor] = _clamped
     encode: Callable[[list[str]], Condition] | None = None
+    at_once: int = 250
 
     def name(self, asked: Asked) -> str:
         if isinstance(asked, str):
@@ -72,7 +74,9 @@ class Sampler:
         def at(rows: Tensor) -> Condition:
             return told.to(rows.device)[rows % len(asked)] if asked else told
 
-        return measure.generate(self.net, self.rollout, at, count, self.shape, seed, progress=True, decode=self.decode)
+        return measure.generate(
+            self.net, self.rollout, at, count, self.shape, seed, batch=self.at_once, progress=True, decode=self.decode
+        )
 
     def _told(self, asked: Sequence[Asked]) -> Condition:
         if self.encode is not None:
@@ -110,7 +114,8 @@ def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint:
     codec = run.teacher.codec
     if codec is None:
         return Sampler(net, rollout, run.shape, run.source.labels, len(run.source.labels))
-    return Sampler(net, rollout, run.shape, (), 0, run.decode, _encoder(codec, run.config.data.resolution))
+    encode = _encoder(codec, run.config.data.resolution)
+    return Sampler(net, rollout, run.shape, (), 0, run.decode, encode, _LATENTS_AT_ONCE)
 
 
 def _encoder(codec: Codec, side: int) -> Callable[[list[str]], Condition]:
@@ -145,7 +150,8 @@ def _of_pipeline(folder: Path, steps: int | None, guidance: float) -> Sampler:
     if codec is None:
         return Sampler(generator, rollout, shape, names, len(names) or classes)
     pixels = side * codec.pipeline.vae_scale_factor
-    return Sampler(generator, rollout, shape, (), 0, lambda x: codec.decode(x).clamp(-1, 1), _encoder(codec, pixels))
+    decode, encode = lambda x: codec.decode(x).clamp(-1, 1), _encoder(codec, pixels)
+    return Sampler(generator, rollout, shape, (), 0, decode, encode, _LATENTS_AT_ONCE)
 
 
 def _guided(net: Backbone, guides: bool, guidance: float) -> Backbone:
@@ -327,12 +333,16 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--guidance is a number from 0, 1 for none, but {args.guidance} was given")
     if args.count is not None and args.count < 1:
         raise UserError(f"--count is at least 1, but {args.count} was given")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch is at least 1, but {args.batch} was given")
     out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
     _writable(out)
     sampler = open_folder(Path(args.run), args.steps, args.guidance, args.checkpoint)
     asked = chosen(args, sampler)
     count = args.count or (len(asked) * (1 if args.prompts_file else 4) or 16)
     began = time.perf_counter()
+    if args.batch is not None:
+        sampler = dataclasses.replace(sampler, at_once=args.batch)
     images = sampler.draw(asked, count, args.seed)
     seconds = time.perf_counter() - began
     captions = [sampler.name(asked[i % len(asked)]) if asked else "" for i in range(count)]

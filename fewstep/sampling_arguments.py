@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--prompt", action="append", help="for generators that read prompts; may be given several times")
     which.add_argument("--prompts-file", help="a text file with one label or prompt a line")
     parser.add_argument("--count", type=int, help="images; labels take turns. Default: four of each, a line one image")
+    parser.add_argument("--batch", type=int, help="images made at once; default: 4 of a model with a VAE, or 250")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
     parser.add_argument("--steps", type=int, help="network passes; default: what it was trained or saved for")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: what the run says, or 1")

@@ -1,7 +1,7 @@
 """Random pipelines of the text families, built from configurations alone: a few megabytes, no file, no network.
 
-What matters of a family is kept: the classes, the kind of prediction, the schedule, what the denoiser is told and the
-scales of the VAE. Its weights are drawn, so its images mean nothing.
+What matters of a family is kept: the classes, the kind of prediction, the schedule and what the denoiser is told. The
+weights are drawn, so the images mean nothing, and the VAEs have the scales that make latents of a deviation near 1.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ def image_vae(**changes: Any) -> nn.Module:
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
         norm_num_groups=2,
-        latent_channels=4,
         sample_size=16,
-        **changes,
+        **{"latent_channels": 4, **changes},
     )
 
 
@@ -94,7 +93,7 @@ def stable_diffusion(kind: str = "epsilon") -> Any:
         **BETAS, prediction_type=kind, timestep_spacing="trailing", clip_sample=False, steps_offset=1
     )
     return diffusers.StableDiffusionPipeline(
-        vae=image_vae(),
+        vae=image_vae(scaling_factor=2.6),
         text_encoder=clip(8),
         tokenizer=clip_tokenizer(),
         unet=unet(use_linear_projection=kind == "v_prediction"),
@@ -108,7 +107,7 @@ def stable_diffusion(kind: str = "epsilon") -> Any:
 def stable_diffusion_xl(zeros: bool = True) -> Any:
     sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "cross_attention_dim": 20}
     return diffusers.StableDiffusionXLPipeline(
-        vae=image_vae(scaling_factor=0.13025),
+        vae=image_vae(scaling_factor=2.6),
         text_encoder=clip(8),
         text_encoder_2=clip(12, projection=6),
         tokenizer=clip_tokenizer(),
@@ -167,7 +166,7 @@ def wan(scheduler: Any = None) -> Any:
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 2.0, 0.7, 1.1],
+        latents_std=[0.4, 0.6, 0.2, 0.3],
     )
     return diffusers.WanPipeline(
         tokenizer=byte_tokenizer(),

@@ -87,7 +87,8 @@ def test_a_batch_holds_the_latents_in_halves_and_the_captions_of_the_same_rows(
         given_now = build.batches(run)(step)
         assert len(given_now) == parts
         x0 = torch.cat([batch.x0 for batch in given_now if batch.x0 is not None])
-        assert x0.dtype == torch.float32 and torch.equal(x0, exact.half().float()[rows])
+        # They are encoded in other batches, whose rounding may cross that of halves.
+        assert x0.dtype == torch.float32 and torch.allclose(x0, exact[rows], rtol=2**-10, atol=1e-6)
         captions = [f"disc {shade[row]}" for row in rows.tolist()]
         states = torch.cat([batch.cond.inputs["encoder_hidden_states"] for batch in given_now])
         told = codec.encode_prompts(captions).inputs["encoder_hidden_states"]
@@ -98,11 +99,11 @@ def test_a_batch_holds_the_latents_in_halves_and_the_captions_of_the_same_rows(
 
 
 def test_each_image_is_encoded_once(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And never again in the same folder; without the cache at every step."""
+    """And never again in the same folder; without the cache at every step, and eight to look at their scale."""
     seen: list[int] = []
     encode = build.Run.encode
     monkeypatch.setattr(build.Run, "encode", lambda run, images: seen.append(len(images)) or encode(run, images))
-    for more, total in (([], COUNT), ([], COUNT), (["data.cache=0"], COUNT + 2 * 5)):
+    for more, total in (([], COUNT), ([], COUNT), (["data.cache=0"], COUNT + 8 + 2 * 5)):
         run = prepared(given, tmp_path, *more)
         for step in range(5):
             build.batches(run)(step)

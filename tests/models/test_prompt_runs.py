@@ -182,7 +182,7 @@ def test_a_perfect_painter_is_as_diverse_as_truth_and_a_copier_is_not(monkeypatc
     """Same-prompt diversity where true scenes stand in for what is generated, and where each prompt has one image."""
     source = CaptionedSource(64, 5)
     conditions = SimpleNamespace(names=source.held_out().captions)
-    run = SimpleNamespace(conditions=conditions, shape=(), decode=None)
+    run = SimpleNamespace(conditions=conditions, shape=(), decode=None, at_once=1, device=None)
     prompts = torch.arange(measure.PROMPTS).repeat_interleave(measure.EACH)
     said = torch.tensor([attributes_of(caption) for caption in conditions.names(prompts)])
     ids = torch.arange(len(prompts))
@@ -233,3 +233,25 @@ def test_a_student_of_few_tokens_says_so_in_its_export(file: Path, prompts: Path
     shorter = page.replace("max_sequence_length: 20", "max_sequence_length: 9")
     (folder / "export" / "README.md").write_text(shorter)
     assert cli.main(["sample", str(folder / "export"), "--prompt", "a long disc", f"--out={tmp_path / 'y.png'}"]) == 2
+
+
+UNMATCHED = {
+    "channels": ({"vae": lambda: tiny.image_vae(scaling_factor=2.6, latent_channels=8)}, "latents of 8 channels"),
+    "texts": ({"text_encoder": lambda: tiny.clip(12)}, "give 12 features a token"),
+    "no scale": ({"vae": lambda: tiny.image_vae(scaling_factor=None)}, "does not say its scale"),
+    "scale": ({"vae": lambda: tiny.image_vae(scaling_factor=0.05)}, "have a deviation of 0.0"),
+}
+
+
+@pytest.mark.parametrize("case", UNMATCHED)
+def test_parts_of_different_models_end_with_one_sentence(
+    case: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts, said = UNMATCHED[case]
+    pipeline = tiny.make("sd15")
+    pipeline.register_modules(**{name: make() for name, make in parts.items()})
+    pipeline.save_pretrained(tmp_path / "mixed")
+    given = [f"model.teacher={tmp_path / 'mixed'}", "data.source=captioned", "objective.gan_weight=0.1"]
+    assert cli.main(["train", str(file), *given, f"--out={tmp_path / 'runs'}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
