@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.core.errors import UserError
+from fewstep.sampling_arguments import add_arguments, step
 
 if TYPE_CHECKING:
     from fewstep.config import Config
@@ -120,7 +121,8 @@ def objectives(args: argparse.Namespace) -> None:
 
 def _run_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", help="a run folder")
-    command.add_argument("--step", type=int, default=None, help="the checkpoint of this step; default: the newest")
+    said = "the checkpoint of this step, or the best; default: the newest"
+    command.add_argument("--step", type=step, default=None, metavar="N|best", help=said)
 
 
 def _tiny_argument(command: argparse.ArgumentParser) -> None:
@@ -152,8 +154,6 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("sample", help="draw images with a trained generator")
     one.set_defaults(call=sample)
-    from fewstep.sampling_arguments import add_arguments
-
     add_arguments(one)
 
     one = commands.add_parser("eval", help="measure a trained generator beside its teacher")

@@ -158,6 +158,32 @@ class DataConfig:
 
 
 @dataclass
+class HookConfig:
+    metric: str = MISSING
+    """frechet | kernel | neighbours | clip_score | prompt_diversity | teacher_distance"""
+    every: int = 1000
+    """steps between measurements; the last step is measured too"""
+    samples: int = 1000
+    """images it is made of"""
+    network: Literal["follower", "raw"] = "follower"
+    """the generator's average, where one is kept, or its weights as they are"""
+    extractor: str = "reader"
+    """reader | inception | clip | dinov2"""
+    weights: str | None = None
+    """file or folder of the extractor's weights; default: the reader, or the CLIP, of the scenes"""
+    model: str | None = None
+    """architecture of open_clip that a file of CLIP weights is of, such as ViT-B-32"""
+    reference: str | None = None
+    """folder of real images, or an .npz of their statistics; default: data.source"""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise UserError(f"evals.hooks: every is a number of steps from 1, but {self.every} was given")
+        if self.samples < FEWEST_SAMPLES:
+            raise UserError(f"evals.hooks: samples is at least {FEWEST_SAMPLES}, but {self.samples} was given")
+
+
+@dataclass
 class EvalConfig:
     every: int = 200
     """steps between sample grids; 0 = none"""
@@ -169,8 +195,15 @@ class EvalConfig:
     """images made at once where they are seen or measured; default: as many as a process trains on at once"""
     baseline: bool = True
     """also measure the undistilled teacher at the student's step count"""
+    hooks: dict[str, HookConfig] = field(default_factory=dict)
+    """name -> a metric that is measured during training"""
+    best: str | None = None
+    """the hook whose best checkpoint is kept; of a hook with several numbers one of them, as in near/coverage"""
 
     def __post_init__(self) -> None:
+        if self.best is not None and self.best.split("/")[0] not in self.hooks:
+            names = ", ".join(self.hooks) or "none"
+            raise UserError(f"evals.best names one of evals.hooks ({names}), but '{self.best}' was given")
         check_samples("evals.samples", self.samples)
         if self.batch is not None and self.batch < 1:
             raise UserError(f"evals.batch is a number of images from 1, but {self.batch} was given")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -222,8 +223,8 @@ def read_card(path: Path) -> dict[str, Any]:
         return {}
 
 
-def load_run(folder: Path, step: int | None = None) -> Run:
-    """The run of a run folder with the generator of its newest checkpoint, or of `step`: to sample or export.
+def load_run(folder: Path, step: int | str | None = None) -> Run:
+    """The run of a run folder with the generator of its newest checkpoint, of `step` or of the "best": to be used.
 
     Of a run of stages the last one with a checkpoint is meant. The checkpoint is verified before anything is
     built. Raises UserError for an absent folder, no checkpoint, no such step, and Damaged for a damaged checkpoint.
@@ -267,9 +268,13 @@ def stage_of(folder: Path) -> Path:
     return place
 
 
-def _checkpoint(place: Path, step: int | None) -> Path:
+def _checkpoint(place: Path, step: int | str | None) -> Path:
     if step is None:
         return building.latest(place)
+    if step == "best":
+        if not (place / "best.json").is_file():
+            raise UserError(f"{place} has no best checkpoint: a run keeps one where evals.best names a hook")
+        step = json.loads((place / "best.json").read_text())["step"]
     found = {int(path.name): path for path in checkpoint.available(place / "checkpoints")}
     if step not in found:
         raise UserError(f"{place} has no checkpoint of step {step}: it has {', '.join(map(str, found)) or 'none'}")

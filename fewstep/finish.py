@@ -39,7 +39,7 @@ def dry_run(configs: list[Config]) -> None:
         print("\n".join(build.describe(config)))
 
 
-def evaluate(folder: Path, step: int | None, samples: int) -> None:
+def evaluate(folder: Path, step: int | str | None, samples: int) -> None:
     """Measures the generator of a run folder again and writes its table and page anew."""
     from fewstep import report
 

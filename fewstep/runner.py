@@ -17,6 +17,7 @@ from fewstep import measure
 from fewstep.build import Run
 from fewstep.config import Config, differences, to_yaml
 from fewstep.core.errors import UserError
+from fewstep.hooks import Best, Hooks
 from fewstep.train import checkpoint, parallel, processes
 from fewstep.train.loop import Logs, train
 from fewstep.train.player import NonFinite
@@ -65,8 +66,9 @@ class Interrupted(UserError):
 class Training:
     """One stage while it trains: what happens after every step."""
 
-    def __init__(self, run: Run, folder: RunDir, done: int, interrupts: Interrupts):
-        self.run, self.folder, self.interrupts = run, folder, interrupts
+    def __init__(self, run: Run, folder: RunDir, done: int, interrupts: Interrupts, hooks: Hooks):
+        self.run, self.folder, self.interrupts, self.hooks = run, folder, interrupts, hooks
+        self.best = Best(run, folder.root / "best.json", done)
         self.bar = tqdm(
             total=run.config.steps,
             initial=done,
@@ -96,7 +98,8 @@ class Training:
             self.measure(done)
         if config.evals.every and (done % config.evals.every == 0 or done == config.steps):
             self.look(done)
-        due = done % config.save.every == 0 or done == config.steps
+        best = self.hook(done)
+        due = done % config.save.every == 0 or done == config.steps or best
         # A signal reaches the processes at different steps; they stop at the same one.
         asked = processes.either(self.interrupts.asked is not None)
         if due or asked:
@@ -113,6 +116,19 @@ class Training:
         numbers = {name: value for name, value in row.items() if isinstance(value, float)}
         self.folder.append("evals.jsonl", {"step": done, **numbers})
 
+    def hook(self, done: int) -> bool:
+        """Measures what is due; says whether the checkpoint of this step is the best so far."""
+        names = self.hooks.due(done)
+        if not names:
+            return False
+        numbers, protocols = self.hooks.measure(names)
+        self.folder.append("evals.jsonl", {"step": done, **numbers})
+        self.folder.note_protocols(protocols)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if processes.leads():
+            self.bar.write(f"step {done}: {shown}")
+        return self.best.improved(done, numbers)
+
     def save(self, done: int) -> Path:
         try:
             path = checkpoint.save(self.folder.checkpoints, done, self.run.players, self.run.objective)
@@ -122,7 +138,7 @@ class Training:
                 "continue with --resume; earlier checkpoints are whole"
             ) from None
         if processes.leads():
-            checkpoint.prune(self.folder.checkpoints, self.run.config.save.keep)
+            checkpoint.prune(self.folder.checkpoints, self.run.config.save.keep, self.best.step)
         return path
 
 
@@ -152,6 +168,7 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     if resume is not None:
         check_resumed(config, root)
     run = building.build(config, previous)
+    hooks = Hooks(run)
     if processes.leads():
         print("\n".join(building.executed(run)))
     folder = RunDir(root)
@@ -170,7 +187,7 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     for why, files in getattr(run.source, "skipped", {}).items() if processes.leads() else ():
         print(f"files {why} ({len(files)}): {', '.join(str(p) for p in files[:5])}")
     with Interrupts() as interrupts:
-        training = Training(run, folder, done, interrupts)
+        training = Training(run, folder, done, interrupts, hooks)
         try:
             train(run.objective, building.batches(run), run.players, range(done, config.steps), training.after)
         except NonFinite as error:

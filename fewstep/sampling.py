@@ -85,7 +85,7 @@ class Sampler:
 
 
 def open_folder(
-    folder: Path, steps: int | None = None, guidance: float | None = None, checkpoint: int | None = None
+    folder: Path, steps: int | None = None, guidance: float | None = None, checkpoint: int | str | None = None
 ) -> Sampler:
     """The generator of a run folder or of a diffusers pipeline folder.
 
@@ -99,7 +99,7 @@ def open_folder(
     return _of_run(folder, steps, guidance, checkpoint)
 
 
-def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint: int | None) -> Sampler:
+def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint: int | str | None) -> Sampler:
     run = load_run(folder, checkpoint)
     net, rollout = measure.student(run)
     if guidance is not None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 
 
+def step(text: str) -> int | str:
+    """A number of steps, or the word best."""
+    return text if text == "best" else int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `fewstep.sampling.main` reads."""
     parser.add_argument("run", help="a run folder, or a diffusers pipeline folder")
@@ -18,6 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
     parser.add_argument("--steps", type=int, help="network passes; default: what it was trained or saved for")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: what the run says, or 1")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="of a run; default: its newest checkpoint")
+    parser.add_argument("--checkpoint", type=step, metavar="STEP|best", help="of a run; default: its newest checkpoint")
     parser.add_argument("--out", default="samples.png", help="the PNG with all images")
     parser.add_argument("--individual", action="store_true", help="also one PNG an image, in a folder beside it")

@@ -186,12 +186,13 @@ def load(path: Path, players: Mapping[str, Player], extra: nn.Module) -> int:
     return manifest["step"]
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes the oldest checkpoints beyond `keep`, and what an interrupted write left behind."""
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Removes the oldest checkpoints beyond `keep`, but that of the step `best`, and what interrupted writes left."""
     for stale in folder.glob(".*.partial"):
         shutil.rmtree(stale, ignore_errors=True)
     for old in available(folder)[:-keep]:
-        shutil.rmtree(old)
+        if int(old.name) != best:
+            shutil.rmtree(old)
 
 
 def read_network(path: Path, player: str, follower: str | None) -> dict[str, Tensor]:

@@ -51,6 +51,20 @@ def leads() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def together(value: Tensor) -> Tensor:
+    """The tensors (N, ...) of all processes, of one shape, one after the other, on each of them."""
+    if size() == 1:
+        return value
+    parts = [torch.empty_like(value) for _ in range(size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
+
+
 def share(ids: Tensor, unit: int) -> Tensor:
     """This process's part of the samples `ids` (N,), in whole units of so many samples. Raises UserError."""
     count = size()

@@ -69,6 +69,13 @@ class RunDir:
         if processes.leads() and (self.root / name).exists():
             write_text(self.root / name, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def note_protocols(self, protocols: Mapping[str, Any]) -> None:
+        """Adds to protocols.json what the numbers of evals.jsonl are of."""
+        file = self.root / "protocols.json"
+        before = json.loads(file.read_text()) if file.is_file() else {}
+        if processes.leads() and before != {**before, **protocols}:
+            write_text(file, json.dumps({**before, **protocols}, indent=1))
+
     def write_origin(self, config: str, teacher: Mapping[str, Any]) -> None:
         """The resolved config; command, commit, versions, hardware and teacher: what a reader repeats the run from."""
         if not processes.leads():

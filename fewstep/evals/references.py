@@ -1,0 +1,91 @@
+"""Reference statistics: what generated images are compared with, stored with the protocol they were made by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+from fewstep.evals.extractors import Extractor
+from fewstep.evals.frechet import Statistics
+
+MOST_FEATURES = 10_000
+"""features that are kept beside the statistics, for distances between samples"""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real images, up to `MOST_FEATURES` of their features (N, D), and `protocol`, what both are of."""
+
+    statistics: Statistics
+    features: Tensor
+    protocol: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, features: Tensor, extractor: Extractor, what: str) -> Reference:
+        """From features (N, D) of the images that `what` names."""
+        protocol = {"of": what, "extractor": extractor.name, "weights": extractor.sha256, "resize": extractor.resize}
+        return cls(Statistics.of(features), features[:MOST_FEATURES].float(), protocol)
+
+    @property
+    def sha256(self) -> str:
+        """Of mean and covariance, float64."""
+        digest = hashlib.sha256(self.statistics.mean.numpy().tobytes())
+        digest.update(self.statistics.covariance.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, file: Path) -> None:
+        """Writes `file`, an .npz of mu, sigma, n, features and protocol; whole or not at all."""
+        aside = file.with_name(f".{file.name}.partial.npz")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            aside,
+            mu=self.statistics.mean.numpy(),
+            sigma=self.statistics.covariance.numpy(),
+            n=np.int64(self.statistics.count),
+            features=self.features.numpy(),
+            protocol=np.array(json.dumps(dict(self.protocol), sort_keys=True)),
+        )
+        aside.rename(file)
+
+
+def load(file: Path, extractor: Extractor) -> Reference:
+    """The reference in an .npz file. Raises UserError for another format, and for features of another extractor."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            held = {name: stored[name] for name in stored.files}
+            mean, covariance = (torch.from_numpy(held[name]).double() for name in ("mu", "sigma"))
+            protocol = json.loads(str(held["protocol"]))
+            statistics = Statistics(mean, covariance, int(held["n"]))
+            features = torch.from_numpy(held["features"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{file} is no reference of fewstep (mu, sigma, n, features and protocol in an .npz): {error}"
+        ) from None
+    if protocol["weights"] != extractor.sha256:
+        raise UserError(
+            f"the reference {file} is of {protocol['extractor']} with other weights than this {extractor.name}: "
+            "distances between the two mean nothing; make it anew with these weights"
+        )
+    return Reference(statistics, features, protocol)
+
+
+def cache_folder() -> Path:
+    """Where references are kept: $FEWSTEP_CACHE, or fewstep in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fewstep"
+    return Path(os.environ.get("FEWSTEP_CACHE", default)) / "references"
+
+
+def cached(recipe: Mapping[str, Any]) -> Path:
+    """The file of the reference that `recipe` describes."""
+    key = hashlib.sha256(json.dumps(dict(recipe), sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / f"{key}.npz"

@@ -1,0 +1,159 @@
+"""Metrics during training: what `evals.hooks` names, each at its own cadence, on the same noise and prompts throughout.
+
+Everything that a hook needs is opened before the first step, so that an absent file ends a run before it begins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep import measure
+from fewstep.build import Run
+from fewstep.config import HookConfig
+from fewstep.data.source import FolderSource, Source
+from fewstep.evals import references
+from fewstep.evals.extractors import Extractor, ReaderFeatures, open_extractor
+from fewstep.evals.references import Reference
+from fewstep.metrics import METRICS, Subject, Wanted, evaluate, metric
+from fewstep.models.loading import locate
+from fewstep.subjects import of_run
+from fewstep.train import processes
+from fewstep.train.checkpoint import write_text
+
+REFERENCE_SAMPLES = 10_000
+SCENES_CLIP = "assets/scenes_clip"
+
+
+def extractor_of(name: str, weights: str | None, model: str | None, source: Source, device: torch.device) -> Extractor:
+    """The extractor that a config or a command names. Raises UserError for one that is not there."""
+    if name == "reader":
+        return ReaderFeatures(measure.reader_folder(source))
+    if name == "clip":
+        from fewstep.evals.clip import open_clip
+
+        return open_clip(weights or str(locate(SCENES_CLIP)), model, device)
+    return open_extractor(name, weights, device)
+
+
+def reference_of(where: str | None, source: Source, extractor: Extractor, batch: int = 100) -> Reference:
+    """What is compared with: an .npz file, a folder of images, or by default the world or the images of `source`.
+
+    Statistics of images are kept in the cache folder of references.
+    """
+    if where is not None and where.endswith(".npz"):
+        return references.load(Path(where), extractor)
+    if where is not None:
+        source = FolderSource(where, source.resolution, 0)
+    elif isinstance(extractor, ReaderFeatures):
+        truth = measure.truth_of(source)
+        said = {"of": truth.protocol, "extractor": extractor.name, "weights": extractor.sha256}
+        return Reference(truth.statistics, truth.features[: references.MOST_FEATURES], said)
+    count = REFERENCE_SAMPLES if source.size is None else source.size
+    recipe = {
+        "extractor": extractor.sha256,
+        "resize": extractor.resize,
+        "count": count,
+        "source": type(source).__name__,
+    }
+    file = references.cached({**recipe, "resolution": source.resolution, "checksum": source.checksum()})
+    if not file.is_file():
+        unseen = source.held_out()
+        features = [extractor.features(unseen.images(ids)) for ids in torch.arange(count).split(batch)]
+        what = f"{count} images of {where or type(source).__name__} at {source.resolution} pixels"
+        made = Reference.of(torch.cat(features), extractor, what)
+        if processes.leads():
+            made.save(file)
+        return made
+    return references.load(file, extractor)
+
+
+def wanted_of(
+    hook: HookConfig, source: Source, device: torch.device, teacher: Subject | None, opened: dict[str, Any]
+) -> Wanted:
+    """The measurement that `hook` describes; extractors and references that are in `opened` are used again."""
+    needs, parts = metric(hook.metric).needs, {}
+    key = json.dumps([hook.extractor, hook.weights, hook.model])
+    if "extractor" in needs or "clip" in needs:
+        name = "clip" if "clip" in needs else hook.extractor
+        key = json.dumps([name, hook.weights, hook.model])
+        if key not in opened:
+            opened[key] = extractor_of(name, hook.weights, hook.model, source, device)
+        parts["clip" if "clip" in needs else "extractor"] = opened[key]
+    if "reference" in needs:
+        both = f"{key} {hook.reference}"
+        if both not in opened:
+            opened[both] = reference_of(hook.reference, source, opened[key])
+        parts["reference"] = opened[both]
+    if "teacher" in needs:
+        parts["teacher"] = teacher
+    return Wanted(hook.metric, hook.samples, **parts)
+
+
+class Hooks:
+    """The hooks of a run. Raises UserError for what a hook names and is not there."""
+
+    def __init__(self, run: Run):
+        self.run, self.hooks = run, run.config.evals.hooks
+        opened: dict[str, Any] = {}
+        teacher = (
+            of_run("teacher", run, *measure.teacher(run, measure.TEACHER_STEPS)) if run.config.model.teacher else None
+        )
+        self.wanted = {
+            name: wanted_of(hook, run.source, run.device, teacher, opened) for name, hook in self.hooks.items()
+        }
+
+    def due(self, done: int) -> list[str]:
+        last = done == self.run.config.steps
+        return [name for name, hook in self.hooks.items() if done % hook.every == 0 or last]
+
+    def measure(self, names: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+        """The numbers of the hooks `names`, and their protocols by hook."""
+        numbers: dict[str, float] = {}
+        protocols: dict[str, Any] = {}
+        for network in sorted({self.hooks[name].network for name in names}):
+            mine = [name for name in names if self.hooks[name].network == network]
+            scores = evaluate(self._subject(network), [self.wanted[name] for name in mine], self.run.at_once)
+            for name, score in zip(mine, scores, strict=True):
+                one = len(score.numbers) == 1
+                numbers |= {name if one else f"{name}/{column}": value for column, value in score.numbers.items()}
+                protocols[name] = {**score.protocol, "network": network}
+        return numbers, protocols
+
+    def _subject(self, network: str) -> Subject:
+        raw = self.run.triad.generator if network == "raw" else measure.student(self.run)[0]
+        return of_run("student", self.run, raw, self.run.rollout)  # type: ignore[arg-type]
+
+
+class Best:
+    """The checkpoint with the best value so far of the number that `evals.best` names, kept in best.json."""
+
+    def __init__(self, run: Run, file: Path, done: int):
+        self.name, self.file = run.config.evals.best, file
+        self.kept: dict[str, Any] | None = None
+        if self.name is not None:
+            hook = run.config.evals.hooks[self.name.split("/")[0]]
+            self.sign = -1 if METRICS[hook.metric].better == "higher" else 1
+            before = json.loads(file.read_text()) if file.is_file() else None
+            self.kept = before if before and before["step"] <= done else None
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint that is to be kept."""
+        return None if self.kept is None else int(self.kept["step"])
+
+    def improved(self, done: int, numbers: Mapping[str, float]) -> bool:
+        """Whether `numbers` of this step are the best so far; if so they are noted."""
+        if self.name is None or self.name not in numbers:
+            return False
+        value = numbers[self.name]
+        if self.kept is not None and self.sign * value >= self.sign * self.kept["value"]:
+            return False
+        self.kept = {"name": self.name, "value": value, "step": done}
+        if processes.leads():
+            write_text(self.file, json.dumps(self.kept, indent=1))
+        return True
