@@ -54,13 +54,8 @@ def reference_of(where: str | None, source: Source, extractor: Extractor, batch:
         said = {"of": truth.protocol, "extractor": extractor.name, "weights": extractor.sha256}
         return Reference(truth.statistics, truth.features[: references.MOST_FEATURES], said)
     count = REFERENCE_SAMPLES if source.size is None else source.size
-    recipe = {
-        "extractor": extractor.sha256,
-        "resize": extractor.resize,
-        "count": count,
-        "source": type(source).__name__,
-    }
-    file = references.cached({**recipe, "resolution": source.resolution, "checksum": source.checksum()})
+    of = {"world": type(source).__name__, "resolution": source.resolution, "checksum": source.checksum()}
+    file = references.cached({**of, "extractor": extractor.sha256, "resize": extractor.resize, "count": count})
     if not file.is_file():
         unseen = source.held_out()
         features = [extractor.features(unseen.images(ids)) for ids in torch.arange(count).split(batch)]
@@ -72,26 +67,31 @@ def reference_of(where: str | None, source: Source, extractor: Extractor, batch:
     return references.load(file, extractor)
 
 
-def wanted_of(
-    hook: HookConfig, source: Source, device: torch.device, teacher: Subject | None, opened: dict[str, Any]
-) -> Wanted:
+def wanted_of(hook: HookConfig, run: Run, opened: dict[str, Any]) -> Wanted:
     """The measurement that `hook` describes; extractors and references that are in `opened` are used again."""
-    needs, parts = metric(hook.metric).needs, {}
-    key = json.dumps([hook.extractor, hook.weights, hook.model])
-    if "extractor" in needs or "clip" in needs:
-        name = "clip" if "clip" in needs else hook.extractor
+    needs = metric(hook.metric).needs
+    parts: dict[str, Any] = {}
+    if "teacher" in needs:
+        parts["teacher"] = _teacher(run)
+    for need in {"extractor", "clip"} & set(needs):
+        name = "clip" if need == "clip" else hook.extractor
         key = json.dumps([name, hook.weights, hook.model])
         if key not in opened:
-            opened[key] = extractor_of(name, hook.weights, hook.model, source, device)
-        parts["clip" if "clip" in needs else "extractor"] = opened[key]
+            opened[key] = extractor_of(name, hook.weights, hook.model, run.source, run.device)
+        parts[need] = opened[key]
     if "reference" in needs:
         both = f"{key} {hook.reference}"
         if both not in opened:
-            opened[both] = reference_of(hook.reference, source, opened[key])
+            opened[both] = reference_of(hook.reference, run.source, opened[key])
         parts["reference"] = opened[both]
-    if "teacher" in needs:
-        parts["teacher"] = teacher
     return Wanted(hook.metric, hook.samples, **parts)
+
+
+def _teacher(run: Run) -> Subject:
+    """The run's own teacher at many steps. Raises UserError for a run without."""
+    if run.config.model.teacher is None:
+        raise UserError("the metric teacher_distance compares with a teacher, but this run has none: remove the hook")
+    return of_run(f"teacher, {measure.TEACHER_STEPS} steps", run, *measure.teacher(run, measure.TEACHER_STEPS))
 
 
 class Hooks:
@@ -100,12 +100,7 @@ class Hooks:
     def __init__(self, run: Run):
         self.run, self.hooks = run, run.config.evals.hooks
         opened: dict[str, Any] = {}
-        teacher = (
-            of_run("teacher", run, *measure.teacher(run, measure.TEACHER_STEPS)) if run.config.model.teacher else None
-        )
-        self.wanted = {
-            name: wanted_of(hook, run.source, run.device, teacher, opened) for name, hook in self.hooks.items()
-        }
+        self.wanted = {name: wanted_of(hook, run, opened) for name, hook in self.hooks.items()}
 
     def due(self, done: int) -> list[str]:
         last = done == self.run.config.steps

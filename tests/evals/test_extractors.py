@@ -92,11 +92,11 @@ def test_features_are_those_of_each_image_alone(inception: Path) -> None:
 
 
 def test_what_is_absent_or_wrong_ends_with_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"inception-2015-12-05.pt .* but no path was given"):
+    with pytest.raises(UserError, match=r"inception-2015-12-05\.pt .* but no path was given"):
         open_extractor("inception", None, CPU)
-    with pytest.raises(UserError, match="but nothing lies at /nowhere.pt"):
+    with pytest.raises(UserError, match=r"but nothing lies at /nowhere\.pt"):
         open_extractor("inception", "/nowhere.pt", CPU)
-    with pytest.raises(UserError, match="has no model.safetensors"):
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
         open_extractor("dinov2", str(tmp_path), CPU)
     with pytest.raises(UserError, match="one of reader, clip, inception, dinov2"):
         open_extractor("vgg", None, CPU)
