@@ -1,4 +1,4 @@
-"""The command line: fewstep plan | train | sample | eval | export | report | config | objectives.
+"""The command line: fewstep plan | train | sample | eval | compare | export | report | config | objectives.
 
 Heavy imports wait inside the commands, so that a spelling mistake is answered at once.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.core.errors import UserError
-from fewstep.sampling_arguments import add_arguments, step
+from fewstep.sampling_arguments import add_arguments, add_choice, step
 
 if TYPE_CHECKING:
     from fewstep.config import Config
@@ -81,9 +81,19 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from fewstep import finish
+    from fewstep import evaluation, finish
 
-    finish.evaluate(Path(args.run), args.step, args.samples)
+    first = Path(args.targets[0])
+    if len(args.targets) == 1 and args.metrics is None and args.reference is None and evaluation.is_run(first):
+        finish.evaluate(first, args.step, args.samples)
+    else:
+        evaluation.main(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    from fewstep import sidebyside
+
+    sidebyside.main(args)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -121,6 +131,25 @@ def objectives(args: argparse.Namespace) -> None:
 
 def _run_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", help="a run folder")
+    _step_argument(command)
+
+
+def _metric_arguments(command: argparse.ArgumentParser) -> None:
+    said = "frechet, kernel, neighbours, clip_score, prompt_diversity; with commas between"
+    command.add_argument("--metrics", help=f"{said}. Default: the first three")
+    command.add_argument("--extractor", default="reader", help="reader (of the scenes), inception, clip or dinov2")
+    command.add_argument("--weights", help="file or folder of the extractor's weights")
+    command.add_argument("--clip", help="file or folder of the CLIP of clip_score; default: that of the scenes")
+    command.add_argument("--model", help="architecture of open_clip that a file of CLIP weights is of")
+    command.add_argument("--reference", help="scenes, captioned, images or an .npz; default: the run's data")
+    command.add_argument("--resolution", type=int, help="of images where no run says it")
+    command.add_argument("--prompts-file", help="a prompt a line; default: unseen captions of the reference")
+    command.add_argument("--steps", type=int, help="network passes of pipeline folders; default: what they say")
+    command.add_argument("--batch", type=int, default=50, help="images made at once")
+    command.add_argument("--out", default="evals", help="the folder for eval.jsonl and eval.png")
+
+
+def _step_argument(command: argparse.ArgumentParser) -> None:
     said = "the checkpoint of this step, or the best; default: the newest"
     command.add_argument("--step", type=step, default=None, metavar="N|best", help=said)
 
@@ -156,10 +185,20 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(call=sample)
     add_arguments(one)
 
-    one = commands.add_parser("eval", help="measure a trained generator beside its teacher")
-    _run_arguments(one)
+    one = commands.add_parser("eval", help="measure a run beside its teacher, or several targets beside each other")
+    one.add_argument("targets", nargs="+", help="run folders, pipeline folders, folders of images; one run: its table")
+    _step_argument(one)
     one.add_argument("--samples", type=int, default=2000, help="images to measure")
+    _metric_arguments(one)
     one.set_defaults(call=evaluate)
+
+    one = commands.add_parser("compare", help="put samples of several models from the same noise side by side")
+    one.add_argument("targets", nargs="+", help="run folders and pipeline folders")
+    add_choice(one)
+    one.add_argument("--count", type=int, help="columns; labels or prompts take turns. Default: at least eight")
+    one.add_argument("--seed", type=int, default=0, help="of the noise")
+    one.add_argument("--out", default="compare.png", help="the picture")
+    one.set_defaults(call=compare)
 
     one = commands.add_parser("export", help="write a plain diffusers pipeline folder")
     _run_arguments(one)

@@ -266,7 +266,7 @@ def labelled_grid(images: Tensor, captions: Sequence[str], columns: int) -> Imag
     lines: list[list[list[str]]] = []
     for row in rows:
         named = any(row) and row != above[: len(row)]
-        lines.append([_wrap(text, width - 2, font) for text in row] if named else [])
+        lines.append([wrapped(text, width - 2, font) for text in row] if named else [])
         above = row
     heads = [13 * max((len(text) for text in row), default=0) for row in lines]
     canvas = Image.new(
@@ -284,7 +284,7 @@ def labelled_grid(images: Tensor, captions: Sequence[str], columns: int) -> Imag
     return canvas
 
 
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """`text` in lines of at most `width` pixels; a word that is too long is cut."""
     lines: list[str] = []
     for word in text.split():
@@ -304,7 +304,7 @@ def picture(image: Tensor) -> Image.Image:
     return Image.fromarray(values.permute(1, 2, 0).squeeze(-1).numpy())
 
 
-def _writable(out: Path) -> None:
+def writable(out: Path) -> None:
     """Raises UserError before any work is done for a picture that could not be saved."""
     probe = out.with_name(f".{out.name}.probe")
     try:
@@ -336,7 +336,7 @@ def main(args: argparse.Namespace) -> None:
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch is at least 1, but {args.batch} was given")
     out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
-    _writable(out)
+    writable(out)
     sampler = open_folder(Path(args.run), args.steps, args.guidance, args.checkpoint)
     asked = chosen(args, sampler)
     count = args.count or (len(asked) * (1 if args.prompts_file else 4) or 16)

@@ -10,14 +10,19 @@ def step(text: str) -> int | str:
     return text if text == "best" else int(text)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `fewstep.sampling.main` reads."""
-    parser.add_argument("run", help="a run folder, or a diffusers pipeline folder")
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Adds what `fewstep.sampling.chosen` reads: which labels or prompts."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--labels", help='names with commas between: "red disc,blue ring"; default: every label')
     which.add_argument("--label-ids", help="numbers instead of names: 0,5")
     which.add_argument("--prompt", action="append", help="for generators that read prompts; may be given several times")
     which.add_argument("--prompts-file", help="a text file with one label or prompt a line")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `fewstep.sampling.main` reads."""
+    parser.add_argument("run", help="a run folder, or a diffusers pipeline folder")
+    add_choice(parser)
     parser.add_argument("--count", type=int, help="images; labels take turns. Default: four of each, a line one image")
     parser.add_argument("--batch", type=int, help="images made at once; default: 4 of a model with a VAE, or 250")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")

@@ -69,9 +69,7 @@ def wanted() -> list[Wanted]:
     real = extractor.features(SceneSource(16, 9).images(torch.arange(COUNT)))
     reference = Reference.of(real, extractor, "scenes")
     parts = {"extractor": extractor, "reference": reference, "clip": Lengths(), "teacher": Scenery(0.0)}
-    return [
-        Wanted(name, COUNT, **{need: parts[need] for need in one.needs}) for name, one in metrics.METRICS.items()
-    ]
+    return [Wanted(name, COUNT, **{need: parts[need] for need in one.needs}) for name, one in metrics.METRICS.items()]
 
 
 def numbers(batch: int) -> dict[str, float]:
