@@ -34,9 +34,9 @@ def extractor_of(name: str, weights: str | None, model: str | None, source: Sour
     if name == "reader":
         return ReaderFeatures(measure.reader_folder(source))
     if name == "clip":
-        from fewstep.evals.clip import open_clip
+        from fewstep.evals.clip import Clip
 
-        return open_clip(weights or str(locate(SCENES_CLIP)), model, device)
+        return Clip(model, weights, device) if model else Clip(weights or locate(SCENES_CLIP), device=device)
     return open_extractor(name, weights, device)
 
 

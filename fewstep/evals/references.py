@@ -61,7 +61,7 @@ class Reference:
 def load(file: Path, extractor: Extractor) -> Reference:
     """The reference in an .npz file. Raises UserError for another format, and for features of another extractor."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with np.load(file) as stored:
             held = {name: stored[name] for name in stored.files}
             mean, covariance = (torch.from_numpy(held[name]).double() for name in ("mu", "sigma"))
             protocol = json.loads(str(held["protocol"]))

@@ -1,0 +1,126 @@
+"""Metrics during training: logged with their protocols, on the right weights, the best checkpoint kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import cli, finish, metrics
+from fewstep.evals.extractors import sha256
+from fewstep.export import load_run
+from fewstep.hooks import Hooks
+from tests.evals.test_extractors import Base
+
+CONFIG = """
+name: hooked
+steps: 6
+batch: 4
+model: {steps: 1}
+objective: {name: dmd2, ratio: 1, gan_weight: 0.0}
+players: {generator: {lr: 1.0e-2, ema: 0.5}, fake_score: {lr: 1.0e-3}}
+data: {source: scenes, resolution: 16}
+evals:
+  every: 0
+  samples: 0
+  hooks:
+    fid: {metric: frechet, extractor: inception, every: 2, samples: 30}
+    raw: {metric: frechet, network: raw, every: 3, samples: 30}
+    near: {metric: neighbours, every: 3, samples: 30}
+  best: raw
+save: {every: 100, keep: 1, export: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("weights") / "inception-2015-12-05.pt"
+    torch.jit.save(torch.jit.script(Base()), str(file))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """References in a cache of their own, of few images; no pictures at the end of a run."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fewstep.hooks.REFERENCE_SAMPLES", 60)
+    monkeypatch.setattr(finish, "finish", lambda run, folder: None)
+
+
+def given(teacher: Path, inception: Path | str, tmp_path: Path, *more: str) -> list[str]:
+    (tmp_path / "hooked.yaml").write_text(CONFIG)
+    weights = f"evals.hooks.fid.weights={inception}"
+    return ["train", str(tmp_path / "hooked.yaml"), f"model.teacher={teacher}", weights, *more]
+
+
+def lines(folder: Path) -> dict[int, dict[str, float]]:
+    return {row.pop("step"): row for row in map(json.loads, (folder / "evals.jsonl").read_text().splitlines())}
+
+
+def test_numbers_are_logged_with_their_protocols(tiny_teacher: Path, inception: Path, tmp_path: Path) -> None:
+    assert cli.main([*given(tiny_teacher, inception, tmp_path), f"--out={tmp_path / 'runs'}"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    found = lines(folder)
+    near = {f"near/{name}" for name in ("precision", "recall", "density", "coverage")}
+    assert {step: set(row) for step, row in found.items()} == {
+        2: {"fid"},
+        3: {"raw", *near},
+        4: {"fid"},
+        6: {"fid", "raw", *near},
+    }
+    said = json.loads((folder / "protocols.json").read_text())
+    assert said["fid"]["weights_sha256"] == sha256(inception) and said["fid"]["reference_samples"] == 60
+    assert (said["raw"]["network"], said["near"]["network"]) == ("raw", "follower")
+    assert len(list((tmp_path / "cache" / "references").iterdir())) == 1
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_used(tiny_teacher: Path, inception: Path, tmp_path: Path) -> None:
+    """With a checkpoint at every step and one kept, the best one stays beside the newest."""
+    more = ["save.every=1", "evals.hooks.raw.every=1", "evals.hooks.fid.every=50", "evals.hooks.near.every=50"]
+    assert cli.main([*given(tiny_teacher, inception, tmp_path, *more), f"--out={tmp_path / 'runs'}"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    values = {step: row["raw"] for step, row in lines(folder).items()}
+    best = min(values, key=lambda step: values[step])
+    assert len(set(values.values())) == 6
+    assert json.loads((folder / "best.json").read_text()) == {"name": "raw", "value": values[best], "step": best}
+    kept = {int(path.name) for path in (folder / "checkpoints").iterdir()}
+    assert kept == {best, 6}
+    run = load_run(folder, "best")
+    assert Hooks(run).measure(["raw"])[0]["raw"] == pytest.approx(values[best], rel=1e-5)
+
+
+def test_absent_weights_end_a_run_before_it_begins(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*given(tiny_teacher, "/nowhere.pt", tmp_path), f"--out={tmp_path / 'runs'}"]) == 2
+    said = capsys.readouterr().err
+    assert "inception-2015-12-05.pt" in said and "nothing lies at /nowhere.pt" in said
+    assert not list((tmp_path / "runs").rglob("log.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["evals.best=fad"], "evals.best names one of evals.hooks (fid, raw, near), but 'fad' was given"),
+        (["evals.hooks.raw.metric=fid"], f"a metric is one of {', '.join(metrics.METRICS)}, but 'fid' was given"),
+        (["evals.hooks.raw.every=0"], "every is a number of steps from 1"),
+        (["evals.hooks.raw.samples=3"], "samples is at least 24"),
+    ],
+)
+def test_a_wrong_hook_ends_with_one_sentence(
+    more: list[str], said: str, tiny_teacher: Path, inception: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*given(tiny_teacher, inception, tmp_path, *more), f"--out={tmp_path / 'runs'}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_resumed_hooks_go_on_and_know_the_best(tiny_teacher: Path, inception: Path, tmp_path: Path) -> None:
+    command = given(tiny_teacher, inception, tmp_path, "evals.hooks.raw.every=1", "save.every=2", "save.keep=3")
+    assert cli.main([*command, f"--out={tmp_path / 'whole'}"]) == 0
+    assert cli.main([*command, "steps=4", f"--out={tmp_path / 'parts'}"]) == 0
+    whole, parts = next((tmp_path / "whole").iterdir()), next((tmp_path / "parts").iterdir())
+    assert cli.main([*command, f"--resume={parts}"]) == 0
+    assert lines(parts)[6] == lines(whole)[6]
+    assert (parts / "best.json").read_text() == (whole / "best.json").read_text()
