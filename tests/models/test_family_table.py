@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,11 @@ def test_a_cell(family: str, cell: str, folder: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cell_of_two_processes(family: str, cell: str, folder: Path, ranks: None) -> None:
     assert float(SHARDED[cell](Bench(family, folder))) < 1e-4
+
+
+def test_the_table_that_is_shown_has_every_cell_and_none_failed() -> None:
+    shown = json.loads(Path("assets/benchmarks/families.json").read_text())["families"]
+    assert set(shown) == set(FAMILIES)
+    for family in FAMILIES:
+        assert list(shown[family]["cells"]) == [*CELLS, *SHARDED]
+        assert not [cell for cell, found in shown[family]["cells"].items() if found.startswith("FAILED")]
