@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fewstep.core.errors import UserError
+from fewstep.models import hub
 from fewstep.models.diffusers import FAMILIES
 
 DENOISERS = ("unet", "transformer")
@@ -112,7 +113,7 @@ def find(source: str, revision: str | None = None) -> Pipeline:
         raise UserError(f"{folder} is no diffusers folder: it has neither model_index.json nor config.json")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"there is no teacher at {source}: give a diffusers folder or a hub id such as owner/name")
-    where = {"revision": revision} if revision else {}
+    where = hub.where(revision)
     try:
         return Pipeline(source, diffusers.DiffusionPipeline.load_config(source, **where), where)
     except OSError:

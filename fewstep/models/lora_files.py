@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fewstep.core.errors import UserError
-from fewstep.models import loading
+from fewstep.models import hub, loading
 from fewstep.models.lora import Factors
 
 _USUAL = "pytorch_lora_weights.safetensors"
@@ -63,7 +63,7 @@ def fuse(pipeline: Any, net: nn.Module, source: str, scale: float = 1.0) -> dict
     shaped = getattr(pipeline, denoiser)
     setattr(pipeline, denoiser, net)
     try:
-        pipeline.load_lora_weights(file, adapter_name="user", use_safetensors=True)
+        pipeline.load_lora_weights(file, adapter_name="user", use_safetensors=True, **_where(file))
         parts = {name: part for name, part in pipeline.components.items() if _wears(part)}
         if (meant := _parts_of(pipeline, file)) != set(parts):
             raise ValueError(f"it is for {', '.join(sorted(meant))} and fits {', '.join(sorted(parts)) or 'none'}")
@@ -84,8 +84,12 @@ def fuse(pipeline: Any, net: nn.Module, source: str, scale: float = 1.0) -> dict
 
 def _parts_of(pipeline: Any, file: str) -> set[str]:
     """The parts of a pipeline that a LoRA names; diffusers leaves those out that it does not find."""
-    state = pipeline.lora_state_dict(file, use_safetensors=True, return_lora_metadata=True)[0]
+    state = pipeline.lora_state_dict(file, use_safetensors=True, return_lora_metadata=True, **_where(file))[0]
     return {key.split(".")[0] for key in state}
+
+
+def _where(file: str) -> dict[str, Any]:
+    return {} if Path(file).is_file() else hub.where()
 
 
 def _wears(part: Any) -> bool:
