@@ -21,6 +21,7 @@ from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.data.loader import Loader
 from fewstep.data.source import PromptSource, Source, open_source
 from fewstep.models import attention, loading, offload, schedulers
 from fewstep.models.backbone import Backbone, Guided, Routed
@@ -515,27 +516,36 @@ def batches(run: Run) -> Callable[[int], list[Batch]]:
     """step -> this process's micro-batches. Sample ids are step * batch + position, however a batch is split."""
     config, reads = run.config, run.objective.reads
 
-    def at(step: int) -> list[Batch]:
-        ids = torch.arange(step * config.batch, (step + 1) * config.batch, device=run.device)
-        mine = processes.share(ids, config.micro_batches * run.objective.group)
-        return [one(part, step) for part in mine.chunk(config.micro_batches)]
+    def parts(step: int) -> tuple[torch.Tensor, ...]:
+        ids = torch.arange(step * config.batch, (step + 1) * config.batch)
+        return processes.share(ids, config.micro_batches * run.objective.group).chunk(config.micro_batches)
 
-    def one(ids: torch.Tensor, step: int) -> Batch:
+    def heads(ids: torch.Tensor) -> torch.Tensor:
+        """The rows of a group share one condition and one image: those of the group's first sample."""
+        return ids - ids % run.objective.group
+
+    def pictures(number: int) -> torch.Tensor:
+        step, part = divmod(number, config.micro_batches)
+        return run.source.images(heads(parts(step)[part]))
+
+    images = Loader(pictures, config.data.workers, config.steps * config.micro_batches)
+
+    def at(step: int) -> list[Batch]:
+        return [one(ids.to(run.device), step, part) for part, ids in enumerate(parts(step))]
+
+    def one(ids: torch.Tensor, step: int, part: int) -> Batch:
         draw = Draw(config.seed, step, ids)
-        # The rows of a group share one condition: that of the group's first sample.
-        heads = ids - ids % run.objective.group
-        if run.latents is not None:
-            heads = run.latents.visited(heads)
+        rows = heads(ids) if run.latents is None else run.latents.visited(heads(ids))
         return Batch(
             noise=draw.normal("noise", run.shape),
-            cond=run.conditions.of(heads),
+            cond=run.conditions.of(rows),
             draw=draw,
-            x0=clean(heads) if "x0" in reads else None,
+            x0=clean(rows, step * config.micro_batches + part) if "x0" in reads else None,
             pair=run.pairs.of(draw).to(run.device) if run.pairs is not None else None,
         )
 
-    def clean(rows: torch.Tensor) -> torch.Tensor:
-        return run.encode(run.source.images(rows.cpu())) if run.latents is None else run.latents.of(rows)
+    def clean(rows: torch.Tensor, number: int) -> torch.Tensor:
+        return run.encode(images(number)) if run.latents is None else run.latents.of(rows)
 
     return at
 

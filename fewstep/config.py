@@ -141,8 +141,9 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     source: str = "scenes"
-    """scenes | captioned | a .txt file with a prompt a line | a folder of images: sub-folders are labels, text files
-    beside the images captions"""
+    """scenes | captioned | noise | a .txt file with a prompt a line | a folder of images: sub-folders are labels, text
+    files or captions.jsonl beside the images captions | WebDataset shards (.tar, their folder or a pattern) | a folder
+    that the datasets library has saved. Pictures are cropped to the square in the middle and resized"""
     resolution: int = 16
     """height and width in pixels"""
     frames: int | None = None
@@ -151,8 +152,12 @@ class DataConfig:
     """seed of the scenes"""
     cache: int = 0
     """images encoded once, before training, and then visited again and again; 0 encodes new ones at every step"""
+    workers: int = 0
+    """threads that decode the next batches during a step; the order and the bytes are the same for any number"""
 
     def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError(f"data.workers is a number of threads, 0 for none, but {self.workers} was given")
         if self.cache < 0:
             raise UserError(f"data.cache is a number of images, 0 for none, but {self.cache} was given")
 

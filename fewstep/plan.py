@@ -88,7 +88,9 @@ def shaped(setting: Setting, mode: Fake) -> Run:
     become_fake(_modules(run), mode, device)
     for player in run.players.values():
         player.enlist()
-    run = replace(run, config=replace(config, batch=config.batch // setting.gpus), device=device)
+    # A thread would make real tensors: it does not know of the mode.
+    data = replace(config.data, workers=0)
+    run = replace(run, config=replace(config, batch=config.batch // setting.gpus, data=data), device=device)
     with mode:
         if "pair" in run.objective.reads:
             run.pairs = Pairs(torch.zeros(2, *run.shape), run.conditions.of(torch.arange(2)), 0)

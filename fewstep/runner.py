@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +19,7 @@ from fewstep.config import Config, differences, to_yaml
 from fewstep.core.errors import UserError
 from fewstep.hooks import Best, Hooks
 from fewstep.train import checkpoint, parallel, processes
+from fewstep.train.checkpoint import write_text
 from fewstep.train.loop import Logs, train
 from fewstep.train.player import NonFinite
 from fewstep.train.rundir import RunDir
@@ -145,7 +146,7 @@ class Training:
 # What may change when a run is resumed: how long and how it learns, what is looked at, how networks are executed; not
 # what is learned.
 _EXECUTION = ("model.attention", "model.precision", "model.checkpointing", "model.compile", "model.roles")
-_CHANGEABLE = ("steps", "micro_batches", "device", "players.", "evals.", "save.", *_EXECUTION)
+_CHANGEABLE = ("steps", "micro_batches", "device", "players.", "evals.", "save.", "data.workers", *_EXECUTION)
 
 
 def check_resumed(config: Config, root: Path) -> None:
@@ -184,8 +185,8 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     model = config.model
     teacher = {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
     folder.write_origin(to_yaml(config), teacher)
-    for why, files in getattr(run.source, "skipped", {}).items() if processes.leads() else ():
-        print(f"files {why} ({len(files)}): {', '.join(str(p) for p in files[:5])}")
+    if processes.leads():
+        tell_skipped(getattr(run.source, "skipped", {}), root)
     with Interrupts() as interrupts:
         training = Training(run, folder, done, interrupts, hooks)
         try:
@@ -203,6 +204,16 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
         by = interrupts.asked or "another process"
         raise Interrupted(f"stopped by {by}; saved in {last[-1]}: continue with --resume {last[-1]}")
     return run
+
+
+def tell_skipped(skipped: Mapping[str, list[Path]], root: Path) -> None:
+    """Says what of the data is left out and why: the first of each kind here, all of them in `root`/skipped.txt."""
+    listed = root / "skipped.txt"
+    for why, files in skipped.items():
+        more = f" and {len(files) - 5} more, see {listed}" if len(files) > 5 else ""
+        print(f"files {why} ({len(files)}): {', '.join(str(p) for p in files[:5])}{more}")
+    if skipped:
+        write_text(listed, "".join(f"{file}: {why}\n" for why, files in skipped.items() for file in files))
 
 
 def _good(folder: RunDir) -> str:

@@ -11,7 +11,9 @@ import torch
 
 from fewstep import build, cli, config, measure
 from fewstep.core.errors import UserError
-from fewstep.data.source import NO_CAPTION, UNLABELLED, UNREADABLE, open_source
+from fewstep.data.folder import UNLABELLED
+from fewstep.data.pictures import NO_CAPTION, UNREADABLE
+from fewstep.data.source import open_source
 from fewstep.models import schedulers
 from fewstep.models import tiny as pipelines
 from fewstep.train.loop import train_step

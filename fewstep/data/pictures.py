@@ -1,0 +1,159 @@
+"""Pictures on disk, decoded when they are asked for: what a folder, shards and a table of them have in common."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from fewstep.core.errors import UserError
+from fewstep.data.base import Source, checksum, shuffled
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MEMORY = 2**30
+"""bytes of decoded pictures that are kept; where all of them would be more, each is decoded whenever it is asked for"""
+MANY = 2000
+"""pictures whose check is worth a progress bar"""
+
+UNREADABLE = "left out because they could not be read"
+NO_LABEL = "left out because they have no label, unlike the others"
+NO_CAPTION = "not used as captions because they are no UTF-8 text that could be read"
+
+Skipped = dict[str, list[Path]]
+"""reason -> what was left out for it"""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture that may be damaged: `read` gives the bytes of its file."""
+
+    name: Path
+    read: Callable[[], bytes]
+    label: int = 0
+    caption: str = ""
+
+
+def decoded(content: bytes) -> Image.Image:
+    """A whole RGB picture, upright as its EXIF says. Raises OSError for bytes that are none, or only a part of one."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise OSError(str(error)) from None
+
+
+def fitted(image: Image.Image, resolution: int) -> Tensor:
+    """(3, R, R) uint8: the square in the middle, resized by bilinear interpolation with antialiasing."""
+    width, height = image.size
+    if width != height:
+        side = min(width, height)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        image = image.crop((left, top, left + side, top + side))
+    return transforms.resize(transforms.pil_to_tensor(image), [resolution, resolution], antialias=True)
+
+
+class Pictures(Source):
+    """Pictures of any size as squares: the middle of each, resized. Every epoch visits each once in its own order.
+
+    Each is read and decoded once at the start, so that a damaged one is known before the first step: `skipped` names
+    what is left out, by the reason. Raises UserError, beginning with `what`, when nothing is left.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        found: Sequence[Picture],
+        resolution: int,
+        seed: int,
+        labels: Sequence[str] = (),
+        skipped: Mapping[str, list[Path]] | None = None,
+        nothing: str = "it holds no pictures",
+    ):
+        self.resolution, self.seed, self.labels = resolution, seed, tuple(labels)
+        kept = resolution if len(found) * 3 * resolution**2 <= MEMORY else None
+        checks = list(_checked(found, kept))
+        whole = [(picture, check) for picture, check in zip(found, checks, strict=True) if check is not None]
+        broken = [picture.name for picture, check in zip(found, checks, strict=True) if check is None]
+        self.skipped: Skipped = {**({UNREADABLE: broken} if broken else {}), **(skipped or {})}
+        if not whole:
+            left_out = ", ".join(f"files {why} ({len(files)})" for why, files in self.skipped.items())
+            raise UserError(f"{what} is of no use: {left_out or nothing}")
+        self._pictures = [picture for picture, _ in whole]
+        self._labels = torch.tensor([picture.label for picture in self._pictures])
+        self._kept = torch.stack([check.pixels for _, check in whole]) if kept else None  # type: ignore[misc]
+        told = (f"{check.digest} {picture.label} {picture.caption}\n" for picture, check in whole)
+        self._checksum = checksum(*(line.encode() for line in told))
+        self.size = len(whole)
+
+    def checksum(self) -> str:
+        return self._checksum
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return shuffled(ids, len(self._pictures), self.seed, "folder.order")
+
+    def label_of(self, ids: Tensor) -> Tensor:
+        return self._labels[self._rows(ids)]
+
+    def images(self, ids: Tensor) -> Tensor:
+        rows = self._rows(ids)
+        pixels = torch.stack([self._pixels(row) for row in rows.tolist()]) if self._kept is None else self._kept[rows]
+        return pixels.float() / 127.5 - 1
+
+    def _pixels(self, row: int) -> Tensor:
+        picture = self._pictures[row]
+        try:
+            return fitted(decoded(picture.read()), self.resolution)
+        except OSError as error:
+            raise UserError(
+                f"{picture.name} was whole when the run started and cannot be read any more ({error}): put it back and "
+                "continue with --resume"
+            ) from None
+
+    def captions(self, ids: Tensor) -> list[str]:
+        pictures = [self._pictures[row] for row in self._rows(ids).tolist()]
+        return [picture.caption or (self.labels[picture.label] if self.labels else "") for picture in pictures]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What is remembered of a whole picture: the digest of its file, and itself where all are kept."""
+
+    digest: str
+    pixels: Tensor | None
+
+
+def _checked(pictures: Sequence[Picture], resolution: int | None) -> Iterator[Check | None]:
+    """What decoding each picture came to, in their order; None for a damaged one."""
+
+    def check(picture: Picture) -> Check | None:
+        try:
+            content = picture.read()
+            image = decoded(content)
+        except OSError:
+            return None
+        return Check(checksum(content), fitted(image, resolution) if resolution else None)
+
+    quiet = len(pictures) < MANY
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(pictures), unit="picture", desc="checking pictures", dynamic_ncols=True, disable=quiet) as bar,
+    ):
+        for start in range(0, len(pictures), MANY):
+            for result in pool.map(check, pictures[start : start + MANY]):
+                bar.update()
+                yield result
+
+
+def one_line(content: bytes) -> str:
+    """A caption as it is told: one line of words. Raises UnicodeDecodeError."""
+    return " ".join(content.decode("utf-8-sig").split())

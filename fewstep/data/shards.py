@@ -1,0 +1,132 @@
+"""WebDataset shards: tar files in which members of the same key, before the first dot, are one sample."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fewstep.core.errors import UserError
+from fewstep.data.pictures import NO_CAPTION, NO_LABEL, SUFFIXES, Picture, Pictures, Skipped, one_line
+
+CUT = "read only as far as they are whole tar files"
+MOST_LABELS = 2**16
+
+Member = tuple[int, int]
+"""where the content of a member begins in its shard, and how many bytes it has"""
+
+
+class ShardSource(Pictures):
+    """The pictures of one tar file, of all in a folder, or of those that a pattern with *, ? or {..} names.
+
+    `key.jpg` (or .png, .webp, .bmp) is a picture, `key.txt` its caption or `key.json` an object with it as `text` or
+    `caption`, `key.cls` the number of its label. The places of all members are noted once, so that any sample can be
+    read at any time: shards must not be compressed. Raises UserError where there is no shard or no whole picture.
+    """
+
+    def __init__(self, source: str, resolution: int, seed: int):
+        shards = shards_of(source)
+        if not shards:
+            raise UserError(f"data.source={source} names no .tar file that is there")
+        skipped, found = Skipped(), []
+        for shard in shards:
+            for key, members in _samples(shard, skipped).items():
+                if (picture := _picture(shard, key, members, skipped)) is not None:
+                    found.append(picture)
+        labelled = [picture for picture in found if picture.label >= 0]
+        if labelled and len(labelled) < len(found):
+            skipped[NO_LABEL] = [picture.name for picture in found if picture.label < 0]
+        count = max((picture.label for picture in labelled), default=-1) + 1
+        pictures = labelled or [Picture(p.name, p.read, 0, p.caption) for p in found]
+        names = [str(label) for label in range(count)]
+        super().__init__(f"data.source={source}", pictures, resolution, seed, names, skipped)
+
+
+def holds_shards(source: str) -> bool:
+    """Whether `source` is a tar file, a pattern of some, or a folder with some in it."""
+    return source.endswith(".tar") or any(Path(source).glob("*.tar"))
+
+
+def shards_of(source: str) -> list[Path]:
+    """The tar files that `source` means, in sorted order."""
+    if Path(source).is_dir():
+        return sorted(Path(source).glob("*.tar"))
+    patterns = [source] if Path(source).is_file() else expanded(source)
+    return sorted({Path(name) for pattern in patterns for name in glob.glob(pattern)})
+
+
+def expanded(pattern: str) -> list[str]:
+    """The patterns without braces: {000..012} counts with as many digits, {a,b} names each."""
+    if (braces := re.search(r"\{([^{}]*)\}", pattern)) is None:
+        return [pattern]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+        first, last = numbers.groups()
+        chosen = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        chosen = braces[1].split(",")
+    before, behind = pattern[: braces.start()], pattern[braces.end() :]
+    return [name for choice in chosen for name in expanded(f"{before}{choice}{behind}")]
+
+
+def _samples(shard: Path, skipped: Skipped) -> dict[str, dict[str, Member]]:
+    """Key -> what stands behind the first dot -> where it lies."""
+    samples: dict[str, dict[str, Member]] = {}
+    for name, member in _members(shard, skipped):
+        place, _, file = name.rpartition("/")
+        key, dot, suffix = file.partition(".")
+        if key and dot:
+            samples.setdefault(f"{place}/{key}" if place else key, {})[suffix.lower()] = member
+    return samples
+
+
+def _members(shard: Path, skipped: Skipped) -> Iterator[tuple[str, Member]]:
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    yield member.name, (member.offset_data, member.size)
+            # At a header that it does not understand tarfile stops as if the archive ended there.
+            end = _read(shard, tar.offset, tarfile.BLOCKSIZE)
+            whole = len(end) == tarfile.BLOCKSIZE and not end.strip(b"\0")
+    except (OSError, tarfile.TarError):
+        whole = False
+    if not whole:
+        skipped.setdefault(CUT, []).append(shard)
+
+
+def _read(shard: Path, offset: int, size: int) -> bytes:
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _picture(shard: Path, key: str, members: dict[str, Member], skipped: Skipped) -> Picture | None:
+    """The picture of a sample, label -1 where it has none; None for a sample of something else."""
+    suffix = next((suffix[1:] for suffix in SUFFIXES if suffix[1:] in members), None)
+    if suffix is None:
+        return None
+    name = shard / f"{key}.{suffix}"
+    try:
+        caption = _caption(shard, members)
+    except (OSError, ValueError, RecursionError):
+        skipped.setdefault(NO_CAPTION, []).append(name)
+        caption = ""
+    label = _read(shard, *members["cls"]).strip() if "cls" in members else b""
+    number = int(label) if re.fullmatch(rb"\d{1,9}", label) else -1
+    number = number if number < MOST_LABELS else -1
+    return Picture(name, functools.partial(_read, shard, *members[suffix]), number, caption)
+
+
+def _caption(shard: Path, members: dict[str, Member]) -> str:
+    """Raises ValueError for text that is no UTF-8, or no JSON."""
+    if "txt" in members:
+        return one_line(_read(shard, *members["txt"]))
+    if "json" not in members:
+        return ""
+    told = json.loads(_read(shard, *members["json"]))
+    text = (told.get("text") or told.get("caption") or "") if isinstance(told, dict) else ""
+    return " ".join(text.split()) if isinstance(text, str) else ""
