@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from fewstep import build as building
-from fewstep import measure
+from fewstep import measure, sharded
 from fewstep.build import Run
 from fewstep.config import Config, differences, to_yaml
 from fewstep.core.errors import UserError
-from fewstep.train import checkpoint, parallel, processes
+from fewstep.train import checkpoint, processes
 from fewstep.train.loop import Logs, train
 from fewstep.train.player import NonFinite
 from fewstep.train.rundir import RunDir
@@ -151,14 +151,12 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     """Trains one stage in the folder `root`, from the checkpoint `resume` where given."""
     if resume is not None:
         check_resumed(config, root)
-    run = building.build(config, previous)
+    run = (building if processes.size() == 1 else sharded).build(config, previous)
     if processes.leads():
         print("\n".join(building.executed(run)))
     folder = RunDir(root)
     folder.create()
-    with processes.leader_first():
-        building.prepare(run, root, previous)
-    parallel.distribute(run.objective, run.players, run.device)
+    building.prepare(run, root, previous)
     done = 0
     if resume is not None:
         done = checkpoint.load(resume, run.players, run.objective)

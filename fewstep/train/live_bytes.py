@@ -10,9 +10,12 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fewstep.train.parallel import local
 
 REST = "activations"
 """the usual name of what has no other: activations, and whatever else comes and goes"""
@@ -21,7 +24,8 @@ REST = "activations"
 class LiveBytes(TorchDispatchMode):
     """While entered, every storage that an operator makes is counted once, as `rest`, until it is freed.
 
-    `name` says what tensors are, those made before among them. `now` and `peak` are bytes by name.
+    `name` says what tensors are, those made before among them. `now` and `peak` are bytes by name. Of a tensor that is
+    sharded its part in this process counts, and one on the meta device does not.
     """
 
     def __init__(self, rest: Hashable = REST) -> None:
@@ -33,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
 
     def name(self, name: Hashable, tensor: Tensor) -> None:
         """Counts `tensor` as `name` from now on."""
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         before = self._kept.pop(id(storage), None)
         if before is not None:
             self.now[before[0]] -= before[1]
@@ -41,7 +45,19 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._forget, id(storage)).atexit = False
         self._kept[id(storage)] = (name, storage.nbytes())
         self.now[name] += storage.nbytes()
-        if before is None and self.now.total() > self.peak.total():
+        if before is None:
+            self._look()
+
+    def measure(self, storage: torch.UntypedStorage) -> None:
+        """Looks at the size of a storage again: FSDP2 resizes those of the weights that it puts together."""
+        if id(storage) in self._kept:
+            name, size = self._kept[id(storage)]
+            self._kept[id(storage)] = (name, storage.nbytes())
+            self.now[name] += storage.nbytes() - size
+            self._look()
+
+    def _look(self) -> None:
+        if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
 
     def name_gradient(self, name: Hashable, parameter: Tensor) -> None:
@@ -60,6 +76,6 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in self._kept:
+            if isinstance(leaf, Tensor) and not leaf.is_meta and id(local(leaf).untyped_storage()) not in self._kept:
                 self.name(self.rest, leaf)
         return result

@@ -71,25 +71,32 @@ def shard(net: nn.Module, over: Any, dtype: torch.dtype = torch.float32) -> None
             module.register_forward_pre_hook(cast_inputs(low), with_kwargs=True)
 
 
-def distribute(objective: Objective, players: Mapping[str, Player], device: torch.device) -> None:
-    """Shards the networks of all roles and followers and replicates the rest; the players' optimizers start anew."""
+def distribute(
+    objective: Objective, players: Mapping[str, Player], device: torch.device, beside: Sequence[nn.Module] = ()
+) -> None:
+    """Shards the networks of all roles, of followers and of `beside`; replicates the rest; optimizers start anew.
+
+    What is only shaped gets memory on `device` for its shards, and no values yet.
+    """
     if processes.size() == 1:
         return
     followers = [follower.module for player in players.values() for follower in player.followers.values()]
-    modules = [*(net for net in vars(objective.triad).values() if net is not None), *followers, objective]
+    modules = [*(net for net in vars(objective.triad).values() if net is not None), *followers, *beside, objective]
     networks, over = networks_of(*modules), mesh(device)
     broadcast([*networks, *modules])
     for net in networks:
         shard(net, over, dtype_of(net))
+        net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     for player in players.values():
         player.enlist()
 
 
 def broadcast(modules: Iterable[nn.Module]) -> None:
-    """Gives all processes the leader's parameters and buffers."""
+    """Gives all processes the leader's parameters and buffers, where they have memory."""
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
     for tensor in tensors.values():
-        dist.broadcast(tensor.detach(), 0)
+        if not tensor.is_meta:
+            dist.broadcast(tensor.detach(), 0)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -113,6 +120,11 @@ def like(whole: Tensor, reference: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, reference.device_mesh, reference.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def put(whole: Tensor, place: Tensor) -> None:
+    """Copies `whole` into `place`, or where that is sharded this process's part of it."""
+    local(place).copy_(local(like(whole, place)))
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
