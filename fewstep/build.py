@@ -265,17 +265,18 @@ def _voices(config: Config, roles: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _networks(
-    config: Config, teacher: Teacher, roles: tuple[str, ...], device: torch.device
+    config: Config, teacher: Teacher, roles: tuple[str, ...], device: torch.device, idle: tuple[str, ...]
 ) -> dict[str, list[DiffusersBackbone]]:
     """Role -> its networks: copies of the teacher, or voices of the one teacher that stays frozen below them."""
+
+    def copied(role: str) -> DiffusersBackbone:
+        net = (shaped.copy_of if role in idle else copy.deepcopy)(teacher.net)
+        return teacher.backbone(execute(net, how[role], False, device))
+
     voices = _voices(config, roles)
     how = _executions(config, teacher, roles, voices)
     counts = {role: config.model.experts if role == "generator" else 1 for role in roles if role != "real_score"}
-    networks = {
-        role: [teacher.backbone(execute(copy.deepcopy(teacher.net), how[role], False, device)) for _ in range(count)]
-        for role, count in counts.items()
-        if role not in voices
-    }
+    networks = {role: [copied(role) for _ in range(count)] for role, count in counts.items() if role not in voices}
     under = next(iter(voices), "real_score")
     if under in how:
         execute(teacher.net, how[under], True, device)
@@ -327,10 +328,11 @@ def _refuse_execution(config: Config, teacher: Teacher, role: str, how: Executio
         raise UserError(f"model.roles.{role}.offload: adapters learn on this network, it has to stay: remove it")
 
 
-def build(config: Config, previous: Path | None = None) -> Run:
+def build(config: Config, previous: Path | None = None, idle: tuple[str, ...] = ()) -> Run:
     """Builds a run: networks on the device, their weights from `config.start`, the objective and its players.
 
-    `previous` is the folder of the stage before. Raises UserError for everything a config can get wrong.
+    `previous` is the folder of the stage before. The roles in `idle` are only shaped, for a run that does not train.
+    Raises UserError for everything a config can get wrong.
     """
     device = pick_device(config.device)
     source = open_source(config.data.source, config.data.resolution, config.data.seed)
@@ -338,10 +340,17 @@ def build(config: Config, previous: Path | None = None) -> Run:
     teacher = build_teacher(config, len(source.labels))
     if teacher.codec is not None:
         teacher.codec.to(device)
-    return assemble(config, device, source, teacher, previous)
+    return assemble(config, device, source, teacher, previous, idle)
 
 
-def assemble(config: Config, device: torch.device, source: Source, teacher: Teacher, previous: Path | None) -> Run:
+def assemble(
+    config: Config,
+    device: torch.device,
+    source: Source,
+    teacher: Teacher,
+    previous: Path | None,
+    idle: tuple[str, ...] = (),
+) -> Run:
     """The run around a teacher that has been loaded, or only shaped on the meta device: then `start` is left out."""
     _check_cache(config, teacher, source)
     shape = _shape(teacher, config)
@@ -355,9 +364,9 @@ def assemble(config: Config, device: torch.device, source: Source, teacher: Teac
             'objective.label_dropout trains without a label now and then, but no class of this network means "no '
             'class": set objective.label_dropout=0, or give the network one class more than there are labels'
         )
-    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device)
+    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle)
     networks = [net for net in vars(triad).values() if net is not None]
-    if not shaped.is_shaped(*networks_of(*networks)):
+    if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)
     objective = kind(config.objective, triad, rollout)
     if config.batch // config.micro_batches % objective.group:
@@ -373,14 +382,19 @@ def assemble(config: Config, device: torch.device, source: Source, teacher: Teac
 
 
 def build_triad(
-    config: Config, teacher: Teacher, roles: tuple[str, ...], rollout: Rollout, device: torch.device
+    config: Config,
+    teacher: Teacher,
+    roles: tuple[str, ...],
+    rollout: Rollout,
+    device: torch.device,
+    idle: tuple[str, ...] = (),
 ) -> Triad:
     """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; real_score is frozen."""
     if "real_score" in roles and config.model.teacher is None:
         raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
     _check_experts(config, rollout)
     triad: dict[str, Backbone] = {}
-    for role, networks in _networks(config, teacher, roles, device).items():
+    for role, networks in _networks(config, teacher, roles, device, idle).items():
         for network in networks:
             offload.place(network, device)
             network.eval().requires_grad_(role != "real_score")

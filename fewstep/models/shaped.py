@@ -5,6 +5,7 @@ Their buffers are real from the start: most of them are computed and stand in no
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,12 @@ def empty(net: nn.Module) -> None:
     """Lets go of the weights of `net`, and keeps their shapes."""
     for part in net.modules():
         part._parameters.update({name: _shape(p) for name, p in part._parameters.items() if p is not None})  # type: ignore
+
+
+def copy_of(net: nn.Module) -> nn.Module:
+    """A copy of `net` that is only shaped, its buffers too."""
+    with _standing_in([net], _shape):
+        return copy.deepcopy(net)
 
 
 def place(module: nn.Module, device: torch.device) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fewstep.models.passes import networks_of
-from fewstep.models.precision import cast_inputs, dtype_of
+from fewstep.models.precision import cast_inputs, dtype_of, stays_float32
 from fewstep.objectives.base import Objective
 from fewstep.train import processes
 
@@ -57,7 +57,8 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
 def shard(net: nn.Module, over: Any, dtype: torch.dtype = torch.float32) -> None:
     """Leaves of every parameter of `net` the shard of this process, a DTensor, put together for each forward.
 
-    Blocks compute in `dtype`; parameters, reduced gradients and outputs stay float32.
+    Blocks compute in `dtype`; parameters, reduced gradients and outputs stay float32. What the class of `net` keeps in
+    float32 then is left whole in every process: norms and tables are too small to be worth a group of their own.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second that one process need not wait
 
@@ -65,8 +66,9 @@ def shard(net: nn.Module, over: Any, dtype: torch.dtype = torch.float32) -> None
     # Times are inputs too and stay as they are: inputs are cast below, all but the vectors.
     inner = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(low, torch.float32, torch.float32, cast_forward_inputs=False)
+    exact = set() if low is None else {p for name, p in net.named_parameters() if stays_float32(net, name)}
     for module, policy in [*((block, inner) for block in blocks_of(net)), (net, outer)]:
-        fully_shard(module, mesh=over, mp_policy=policy)
+        fully_shard(module, mesh=over, mp_policy=policy, ignored_params=exact)
         if low is not None:
             module.register_forward_pre_hook(cast_inputs(low), with_kwargs=True)
 

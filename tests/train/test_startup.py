@@ -10,27 +10,34 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from startup_ranks import whole
+from startup_ranks import PASSING, answer, whole
 from test_parallel import launched
 
-from fewstep import build, config
+from fewstep import build, config, plan
 from fewstep.models import schedulers, tiny
+from fewstep.plan import Setting
 from fewstep.train import checkpoint
+from fewstep.train.live_bytes import GATHERED
 from tests.test_lora_files import user_lora
 
 pytestmark = pytest.mark.slow
 
 LORA = {"lora": {"rank": 2, "targets": ["*"]}}
+LOW = {"roles": {"real_score": {"precision": "bf16"}}}
 CASES: dict[str, dict[str, Any]] = {
     "large": {"teacher": "large"},
     "lora": {"teacher": "wan", "generator": LORA, "fake_score": LORA, "data": {"frames": 5}},
-    "low": {"teacher": "sd3", "model": {"roles": {"real_score": {"precision": "bf16"}}}},
+    "low_sd15": {"teacher": "sd15", "model": LOW},
+    "low_sd3": {"teacher": "sd3", "model": LOW},
+    "low_wan": {"teacher": "wan", "model": LOW, "data": {"frames": 5}},
     "experts": {"teacher": "sd15", "objective": {"name": "phased_dmd"}, "model": {"experts": 2}},
     "worn": {"teacher": "sd15", "model": {"lora": "worn"}},
     "renamed": {"teacher": "renamed"},
     "earlier": {"teacher": "small", "start": {"generator": "earlier", "fake_score": "renamed/unet"}},
     "new": {"model": {"process": {"name": "flow"}, "prediction": "flow_prediction"}},
 }
+
+LOWS = [name for name in CASES if name.startswith("low_")]
 
 
 def unet(width: int) -> Any:
@@ -85,7 +92,7 @@ def write(folder: Path, name: str, teacher: str | None = None, **more: Any) -> P
         "batch": 4,
         "device": "cpu",
         "model": model,
-        "objective": more.get("objective", {"name": "dmd2", **gan} if teacher else {"name": "diffusion"}),
+        "objective": more.get("objective", {"name": "dmd2", "ratio": 2, **gan} if teacher else {"name": "diffusion"}),
         "players": players,
         "data": {"source": source, "resolution": 16, **more.get("data", {})},
         "start": {role: str(folder / where) for role, where in more.get("start", {}).items()},
@@ -115,8 +122,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_what_two_processes_start_with_is_what_one_does(name: str, folder: Path) -> None:
     """Weights, adapters, heads, followers, buffers that stand in no file: equal to the bit."""
-    expected = whole(build.build(config.load(folder / f"{name}.yaml")[0]))
-    found = load_file(folder / f"{name}.safetensors")
+    run = build.build(config.load(folder / f"{name}.yaml")[0])
+    expected, found = whole(run), load_file(folder / f"{name}.safetensors")
+    if name in LOWS:
+        # What one process keeps in float32, two do: 3e-3 off where the norms and tables of Wan are not.
+        mine, theirs = answer(run), found.pop("answer")
+        assert (mine - theirs).norm() < 1e-5 * mine.norm()
     assert expected.keys() == found.keys()
     assert [k for k, v in expected.items() if v.dtype != found[k].dtype or not torch.equal(v, found[k])] == []
 
@@ -127,5 +138,26 @@ def test_a_rank_never_holds_a_whole_network(rank: int, folder: Path) -> None:
     found = json.loads((folder / f"rank{rank}.json").read_text())["large"]
     one = sum(p.numel() for p in diffusers.UNet2DModel(**unet(64)).parameters()) * 4
     assert found["held"] < 0.55 * 4 * one + 2**20  # generator, its follower, teacher and critic; the heads are whole
-    assert found["peak"] <= found["held"] + 1.5 * found["largest"] + 2**16
+    assert found["peak"] <= found["held"] + 1.5 * found["largest"] + 2**17
     assert 1.5 * found["largest"] < one / 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_trains_with_its_half_and_one_block(rank: int, folder: Path) -> None:
+    """Measured in real steps: weights, gradients, moments and followers by role, and all of them at their peak."""
+    found = json.loads((folder / f"rank{rank}.json").read_text())["large"]
+    (stage,) = config.load(folder / "large.yaml")
+    planned = plan.foresee(Setting(stage, gpus=2))[0]
+    parts = {f"{p.role}/{p.kind}": size for p, size in planned.most.items() if p.kind not in PASSING and size}
+    assert found["parts"].keys() >= parts.keys() and len(parts) == 8
+    assert found["parts"] == pytest.approx(parts, rel=0.1, abs=2**17)
+    held = sum(size for name, size in parts.items() if not name.endswith("gradients"))
+    for player in ("generator", "fake_score"):
+        sharded = held + parts[f"{player}/gradients"] + planned.of_kind(GATHERED, player)
+        assert 0.9 * held < sum(found[player].values()) < 1.1 * sharded
+        assert found[player][GATHERED] > 0
+
+
+def test_a_sharded_run_can_be_let_go(folder: Path) -> None:
+    """Before the leader builds what measures and exports."""
+    assert [json.loads((folder / f"rank{rank}.json").read_text())["large"]["left"] for rank in (0, 1)] == [0, 0]
