@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fewstep.core.prediction import Kind
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.data.loader import Loader
 from fewstep.data.source import PromptSource, Source, open_source
-from fewstep.models import attention, loading, offload, schedulers
+from fewstep.models import attention, loading, offload, schedulers, shaped
 from fewstep.models.backbone import Backbone, Guided, Routed
 from fewstep.models.codec import Codec, open_codec
 from fewstep.models.diffusers import DiffusersBackbone
@@ -34,7 +35,7 @@ from fewstep.models.passes import networks_of
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, transition
-from fewstep.train import checkpoint, processes
+from fewstep.train import checkpoint, parallel, processes, stored
 from fewstep.train.player import Follower, Player, constant_decay, ema_decay
 
 
@@ -156,19 +157,23 @@ def _null_label(config: Config, backbone: DiffusersBackbone, labels: int) -> int
 
 
 def build_teacher(
-    config: Config, labels: int, weights: bool = True, codecs: Callable[..., Codec] = open_codec
+    config: Config,
+    labels: int,
+    weights: bool = True,
+    codecs: Callable[..., Codec] = open_codec,
+    buffers: bool = False,
 ) -> Teacher:
     """The teacher of a run, or the new network that `diffusion` trains; without `weights` only its shape.
 
-    `codecs(source, revision)` opens its text encoders and its VAE.
+    Its `buffers` may be there all the same. `codecs(source, revision)` opens its text encoders and its VAE.
     """
     model = config.model
     if (model.teacher is None) == (model.network is None):
         raise UserError("set either model.teacher (a folder or hub id) or model.network (a new network), not both")
     if model.network is not None:
-        loaded = loading.Loaded(loading.new(model.network, weights), None)
+        loaded = loading.Loaded(loading.new(model.network, weights, buffers), None)
     else:
-        loaded = loading.load(str(model.teacher), model.revision, weights)
+        loaded = loading.load(str(model.teacher), model.revision, weights, buffers)
     scheduler = _scheduler(config, loaded.scheduler)
     schedule, kind = schedulers.read(scheduler)
     backbone = DiffusersBackbone(loaded.net, schedule, kind)
@@ -308,17 +313,18 @@ def _voices(config: Config, roles: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _networks(
-    config: Config, teacher: Teacher, roles: tuple[str, ...], device: torch.device
+    config: Config, teacher: Teacher, roles: tuple[str, ...], device: torch.device, idle: tuple[str, ...]
 ) -> dict[str, list[DiffusersBackbone]]:
     """Role -> its networks: copies of the teacher, or voices of the one teacher that stays frozen below them."""
+
+    def copied(role: str) -> DiffusersBackbone:
+        net = (shaped.copy_of if role in idle else copy.deepcopy)(teacher.net)
+        return teacher.backbone(execute(net, how[role], False, device))
+
     voices = _voices(config, roles)
     how = _executions(config, teacher, roles, voices)
     counts = {role: config.model.experts if role == "generator" else 1 for role in roles if role != "real_score"}
-    networks = {
-        role: [teacher.backbone(execute(copy.deepcopy(teacher.net), how[role], False, device)) for _ in range(count)]
-        for role, count in counts.items()
-        if role not in voices
-    }
+    networks = {role: [copied(role) for _ in range(count)] for role, count in counts.items() if role not in voices}
     under = next(iter(voices), "real_score")
     if under in how:
         execute(teacher.net, how[under], True, device)
@@ -327,7 +333,8 @@ def _networks(
         from fewstep.models.voices import Shared  # peft, which only voices need
 
         specs = {name: config.players[role].lora for role, names in voices.items() for name in names}
-        shared = Shared(bare.to(device), specs)  # type: ignore[arg-type]
+        offload.place(bare, device)
+        shared = Shared(bare, specs)  # type: ignore[arg-type]
         if how[under].checkpointing:
             shared.enable_gradient_checkpointing()
         networks |= {role: [shared.as_(name) for name in names] for role, names in voices.items()}
@@ -369,10 +376,11 @@ def _refuse_execution(config: Config, teacher: Teacher, role: str, how: Executio
         raise UserError(f"model.roles.{role}.offload: adapters learn on this network, it has to stay: remove it")
 
 
-def build(config: Config, previous: Path | None = None) -> Run:
+def build(config: Config, previous: Path | None = None, idle: tuple[str, ...] = ()) -> Run:
     """Builds a run: networks on the device, their weights from `config.start`, the objective and its players.
 
-    `previous` is the folder of the stage before. Raises UserError for everything a config can get wrong.
+    `previous` is the folder of the stage before. The roles in `idle` are only shaped, for a run that does not train.
+    Raises UserError for everything a config can get wrong.
     """
     device = pick_device(config.device)
     source = open_source(config.data.source, config.data.resolution, config.data.seed)
@@ -380,11 +388,18 @@ def build(config: Config, previous: Path | None = None) -> Run:
     teacher = build_teacher(config, len(source.labels))
     if teacher.codec is not None:
         teacher.codec.to(device)
-    return assemble(config, device, source, teacher, previous)
+    return assemble(config, device, source, teacher, previous, idle)
 
 
-def assemble(config: Config, device: torch.device, source: Source, teacher: Teacher, previous: Path | None) -> Run:
-    """The run around a teacher that has been loaded, or only shaped on the meta device."""
+def assemble(
+    config: Config,
+    device: torch.device,
+    source: Source,
+    teacher: Teacher,
+    previous: Path | None,
+    idle: tuple[str, ...] = (),
+) -> Run:
+    """The run around a teacher that has been loaded, or only shaped on the meta device: then `start` is left out."""
     _check_cache(config, teacher, source)
     shape = _shape(teacher, config)
     conditions = conditions_of(teacher, source, config.data.resolution)
@@ -397,8 +412,9 @@ def assemble(config: Config, device: torch.device, source: Source, teacher: Teac
             'objective.label_dropout trains without a label now and then, but no class of this network means "no '
             'class": set objective.label_dropout=0, or give the network one class more than there are labels'
         )
-    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device)
-    if device.type != "meta":
+    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle)
+    networks = [net for net in vars(triad).values() if net is not None]
+    if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)
     objective = kind(config.objective, triad, rollout)
     if config.batch // config.micro_batches % objective.group:
@@ -406,21 +422,27 @@ def assemble(config: Config, device: torch.device, source: Source, teacher: Teac
             f"objective {config.objective.name} needs {objective.group} samples a group: "  # type: ignore[attr-defined]
             f"make batch / micro_batches a multiple of it, not {config.batch // config.micro_batches}"
         )
-    objective.attach(torch.zeros(2, *shape, device=device), conditions.of(torch.arange(2)).to(device))
+    with shaped.shapes_of([*networks, *networks_of(*networks)], device) as where:
+        objective.attach(torch.zeros(2, *shape, device=where), conditions.of(torch.arange(2)).to(where))
     objective.to(device)
     players = build_players(config, triad, objective)
     return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
 
 
 def build_triad(
-    config: Config, teacher: Teacher, roles: tuple[str, ...], rollout: Rollout, device: torch.device
+    config: Config,
+    teacher: Teacher,
+    roles: tuple[str, ...],
+    rollout: Rollout,
+    device: torch.device,
+    idle: tuple[str, ...] = (),
 ) -> Triad:
     """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; real_score is frozen."""
     if "real_score" in roles and config.model.teacher is None:
         raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
     _check_experts(config, rollout)
     triad: dict[str, Backbone] = {}
-    for role, networks in _networks(config, teacher, roles, device).items():
+    for role, networks in _networks(config, teacher, roles, device, idle).items():
         for network in networks:
             offload.place(network, device)
             network.eval().requires_grad_(role != "real_score")
@@ -458,27 +480,26 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
         elif (Path(where) / "checkpoints").is_dir():
             state = checkpoint.read_network(latest(Path(where)), role, "ema")
         else:
-            state = {f"net.{k}": v for k, v in loading.load(where).net.state_dict().items()}
+            whole = loading.load(where).net.state_dict() if processes.leads() else None
+            state = stored.from_leader(whole).within("net.")
         if config.players[role].lora is not None and not any("lora_" in name for name in state):
             raise UserError(
                 f"start.{role}={where}: players.{role}.lora learns an adapter on the teacher's weights, but those are "
                 f"full weights: make them model.teacher, or remove players.{role}.lora"
             )
-        load_weights(network, checkpoint.as_float32(state), f"start.{role}={where}")
+        load_weights(network, state, f"start.{role}={where}")
 
 
-def load_weights(network: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
+def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
     """Strict; a single network starts every expert of a routed one. Raises UserError when they differ."""
     if isinstance(network, Routed) and not any(k.startswith("experts.") for k in state):
         for expert in network.experts:
             load_weights(expert, state, what)
         return
     try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"{what}: its weights are not those of this network ({str(error).splitlines()[1].strip()})"
-        ) from None
+        checkpoint.fill(network, state)
+    except ValueError as error:
+        raise UserError(f"{what}: its weights are not those of this network ({error})") from None
 
 
 def latest(run: Path) -> Path:
@@ -559,25 +580,36 @@ def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
     places = [folder for folder in (root, previous) if folder is not None]
     if "pair" in run.objective.reads:
         name = f"pairs_{config.count}x{config.steps}_seed{config.seed}.safetensors"
-        made_pairs = _made(places, name, pairs_recipe(run), lambda to, how: pairs.save(to, make_pairs(run), how))
-        run.pairs = pairs.load(made_pairs, config.seed)
+        run.pairs = pairs.load(_made(places, name, pairs_recipe(run), partial(_save_pairs, run)), config.seed)
     if data.cache and "x0" in run.objective.reads:
         name = f"latents_{data.cache}_seed{data.seed}.safetensors"
-        made_latents = _made(
-            places, name, latents_recipe(run), lambda to, how: latents.save(to, make_latents(run), how)
-        )
-        run.latents = latents.load(made_latents, run.config.seed)
+        made = _made(places, name, latents_recipe(run), partial(_save_latents, run))
+        run.latents = latents.load(made, run.config.seed)
     if run.teacher.codec is not None and "x0" in run.objective.reads:
         _check_scale(run)
 
 
 def _made(places: list[Path], name: str, recipe: str, make: Callable[[Path, str], None]) -> Path:
     """The file of this `recipe` in one of the folders `places`; it is made in the first where there is none."""
-    for place in places:
-        if pairs.recipe_of(place / name) == recipe:
-            return place / name
-    make(places[0] / name, recipe)
-    return places[0] / name
+    there = [place / name for place in places]
+    found = processes.from_leader(lambda: [file for file in there if pairs.recipe_of(file) == recipe])
+    if found:
+        return found[0]
+    make(there[0], recipe)
+    processes.wait()
+    return there[0]
+
+
+def _save_pairs(run: Run, file: Path, recipe: str) -> None:
+    """All processes make them together, for each holds only a part of the teacher; the leader writes them."""
+    made = make_pairs(run)
+    if processes.leads():
+        pairs.save(file, made, recipe)
+
+
+def _save_latents(run: Run, file: Path, recipe: str) -> None:
+    if processes.leads():
+        latents.save(file, make_latents(run), recipe)
 
 
 def pairs_recipe(run: Run) -> str:
@@ -607,7 +639,10 @@ def _data(run: Run) -> dict[str, Any]:
 def _sums(weights: Iterable[torch.Tensor]) -> list[str]:
     """Two sums over weights, rounded, for their last digits differ between thread counts."""
     kept = list(weights)
-    sums = (sum(f(p.double()).sum().item() for p in kept) for f in (torch.Tensor.abs, torch.Tensor.square))
+    sums = (
+        sum(parallel.full(f(p.detach().double()).sum()).item() for p in kept)
+        for f in (torch.Tensor.abs, torch.Tensor.square)
+    )
     return [f"{value:.6e}" for value in sums]
 
 
@@ -626,10 +661,11 @@ def make_pairs(run: Run) -> pairs.Pairs:
     scheduler = schedulers.student_scheduler(teacher.scheduler, teacher.kind, "ode", config.steps, teacher.shift)
     walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
     guided = run.guided()
-    with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True) as bar:
+    quiet = not processes.leads()
+    with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True, disable=quiet) as bar:
         told, batch = run.conditions.of, run.at_once
         made = pairs.make_pairs(guided, walk, told, run.shape, config.count, config.seed, batch, bar.update, run.device)
-    if run.triad.real_score is None:
+    if run.triad.real_score is None and processes.size() == 1:
         teacher.net.to("cpu")  # it has said all it will be asked
     return made
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewstep.core.errors import UserError
+from fewstep.core.errors import SaidOnce, UserError
 from fewstep.sampling_arguments import add_arguments, add_choice, step
 
 if TYPE_CHECKING:
@@ -251,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args.call(args)
     except UserError as error:
-        print(f"fewstep{_process()}: {error}", file=sys.stderr)
+        if not (_process() and isinstance(error, SaidOnce)):
+            print(f"fewstep{_process()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)

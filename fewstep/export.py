@@ -139,7 +139,7 @@ def card(run: Run, dtype: torch.dtype, tag: str = Pixels.tag, licence: str | Non
 def _facts(run: Run, dtype: torch.dtype) -> dict[str, str]:
     config, model, player = run.config, run.config.model, run.players["generator"]
     steps, side = len(run.rollout), config.data.resolution
-    kept = "EMA of the weights" if "ema" in player.followers else "last weights"
+    kept = "EMA of the weights" if config.players["generator"].ema else "last weights"
     method = f"`{config.objective.name}` with fewstep"  # type: ignore[attr-defined]
     origin = "teacher" if _distilled(run) or not model.teacher else "started from"
     facts = {origin: f"`{named(model.teacher)}`" if model.teacher else "none: trained from data"}
@@ -223,19 +223,21 @@ def read_card(path: Path) -> dict[str, Any]:
         return {}
 
 
-def load_run(folder: Path, step: int | str | None = None) -> Run:
+def load_run(folder: Path, step: int | str | None = None, last: bool = True) -> Run:
     """The run of a run folder with the generator of its newest checkpoint, of `step` or of the "best": to be used.
 
     Of a run of stages the last one with a checkpoint is meant. The checkpoint is verified before anything is
-    built. Raises UserError for an absent folder, no checkpoint, no such step, and Damaged for a damaged checkpoint.
+    built; a critic gets no memory. Without the `last` weights the generator is its average, where the run keeps one.
+    Raises UserError for an absent folder, no checkpoint, no such step, and Damaged for a damaged checkpoint.
     """
     place = stage_of(Path(folder))
     path = _checkpoint(place, step)
     manifest = checkpoint.verify(path)
-    weights = checkpoint.read_network(path, "generator", None)
+    weights = checkpoint.read_network(path, "generator", None if last else "ema")
     (config,) = configs.load(place / "config.yaml")
-    run = building.build(_for_use(config))
-    player = run.players["generator"]
+    used = _for_use(config)
+    run = building.build(used if last else _without_average(used), idle=("fake_score",))
+    run.config, player = used, run.players["generator"]
     building.load_weights(run.triad.generator, weights, str(path))
     if "ema" in player.followers:
         averaged = checkpoint.read_network(path, "generator", "ema")
@@ -254,6 +256,11 @@ def _for_use(config: Config) -> Config:
     model = dataclasses.replace(config.model, attention="sdpa", checkpointing=False, compile=False, roles=precise)
     device = "auto" if config.device == "cuda" else config.device
     return dataclasses.replace(config, start={}, device=device, model=model)
+
+
+def _without_average(config: Config) -> Config:
+    generator = dataclasses.replace(config.players["generator"], ema=0.0)
+    return dataclasses.replace(config, players={**config.players, "generator": generator})
 
 
 def stage_of(folder: Path) -> Path:

@@ -14,11 +14,11 @@ from fewstep import build
 from fewstep.build import Run
 from fewstep.core.batch import Batch
 from fewstep.models.passes import networks_of
-from fewstep.train.live_bytes import REST, LiveBytes
+from fewstep.train.live_bytes import GATHERED, REST, LiveBytes
 from fewstep.train.loop import train
 from fewstep.train.player import Player
 
-KINDS = ("weights", "gradients", "moments", "followers", "gathered", REST)
+KINDS = ("weights", "gradients", "moments", "followers", GATHERED, REST)
 
 
 class Part(NamedTuple):
@@ -68,7 +68,7 @@ class Account:
 
 def account(run: Run, steps: Iterable[int]) -> Account:
     """Plays `steps` of a run and counts what is alive meanwhile; its tensors may be fake."""
-    result, live = Account(), LiveBytes(Part("", REST))
+    result, live = Account(), LiveBytes(Part("", REST), Part("", GATHERED))
     owners = _owners(run)
     for tensor, part in owners.items():
         live.name(part, tensor)

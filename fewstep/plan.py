@@ -27,6 +27,7 @@ from fewstep.models.fake import Fake, become_fake
 from fewstep.models.lora import LoraSpec
 from fewstep.models.passes import networks_of
 from fewstep.pairs import Pairs
+from fewstep.train.live_bytes import GATHERED
 from fewstep.train.parallel import blocks_of
 from fewstep.train.player import Player
 
@@ -126,8 +127,10 @@ def foresee(setting: Setting) -> tuple[Account, Run]:
             _make_moments(player)
         result = account(run, _steps(run))
     if setting.gpus > 1:
-        result = result.scaled(lambda part: setting.gpus if part.sharded else 1)
-        together = {Part("", "gathered"): gathered(networks_of(*vars(run.triad).values()))}
+        # Gradients that wait for the last micro-batch are those of whole networks: none is added up before.
+        whole = "gradients" if setting.config.micro_batches > 1 else ""
+        result = result.scaled(lambda part: setting.gpus if part.sharded and part.kind != whole else 1)
+        together = {Part("", GATHERED): gathered(networks_of(*vars(run.triad).values()))}
         result.turns = {name: peak + Counter(together) for name, peak in result.turns.items()}
     return result, run
 
@@ -272,7 +275,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def table(found: Account) -> list[str]:
     """What each role holds, then what is alive at the peak of each turn."""
-    held, alive = KINDS[:4], [kind for kind in KINDS if kind != "gathered" or found.of_kind(kind)]
+    held, alive = KINDS[:4], [kind for kind in KINDS if kind != GATHERED or found.of_kind(kind)]
     rows = [["role", "parameters", *held]]
     for role, count in found.parameters.items():
         rows.append([role, f"{count:,}", *(shown(found.of_kind(kind, role=role)) for kind in held)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -13,12 +13,14 @@ import torch
 from tqdm import tqdm
 
 from fewstep import build as building
-from fewstep import measure
+from fewstep import measure, sharded
 from fewstep.build import Run
 from fewstep.config import Config, differences, to_yaml
-from fewstep.core.errors import UserError
+from fewstep.core.errors import SaidOnce, UserError
+from fewstep.export import load_run
 from fewstep.hooks import Best, Hooks
-from fewstep.train import checkpoint, parallel, processes
+from fewstep.objectives import base as objectives
+from fewstep.train import checkpoint, processes
 from fewstep.train.checkpoint import write_text
 from fewstep.train.loop import Logs, train
 from fewstep.train.player import NonFinite
@@ -164,19 +166,26 @@ def check_resumed(config: Config, root: Path) -> None:
         print(f"resumed with changes: {'; '.join(changed.values())}")
 
 
+def check_batch(config: Config) -> None:
+    """Raises UserError, in all processes alike, for a batch that they cannot share out."""
+    group = objectives.find(config.objective.name).Objective.group  # type: ignore[attr-defined]
+    try:
+        processes.share(torch.arange(config.batch), config.micro_batches * group)
+    except UserError as error:
+        raise SaidOnce(str(error)) from None
+
+
 def play_stage(config: Config, root: Path, previous: Path | None, resume: Path | None) -> Run:
     """Trains one stage in the folder `root`, from the checkpoint `resume` where given."""
     if resume is not None:
         check_resumed(config, root)
-    run = building.build(config, previous)
+    run = (building if processes.size() == 1 else sharded).build(config, previous)
     hooks = Hooks(run)
     if processes.leads():
         print("\n".join(building.executed(run)))
     folder = RunDir(root)
     folder.create()
-    with processes.leader_first():
-        building.prepare(run, root, previous)
-    parallel.distribute(run.objective, run.players, run.device)
+    building.prepare(run, root, previous)
     done = 0
     if resume is not None:
         done = checkpoint.load(resume, run.players, run.objective)
@@ -228,8 +237,11 @@ def play(configs: list[Config], root: Path, resume: Path | None, finish: Callabl
     leaves table, export and report in the folder of the run. Of several processes the leader alone finishes.
     """
     processes.refuse_differences("---\n".join(to_yaml(config) for config in configs))
+    for config in configs:
+        check_batch(config)
     torch.manual_seed(configs[0].seed)
     previous: Path | None = None
+    run: Run | None = None
     for i, config in enumerate(configs):
         place = root if len(configs) == 1 else root / f"stage_{i + 1}"
         here = resume if resume is not None and resume.parent.parent == place else None
@@ -237,17 +249,21 @@ def play(configs: list[Config], root: Path, resume: Path | None, finish: Callabl
         if here is None and finished and int(finished[-1].name) >= config.steps and i + 1 < len(configs):
             previous = place
             continue
+        run = None  # the stage before would stay in memory beside this one
         run = play_stage(config, place, previous, here)
         previous = place
+    if processes.size() > 1:
+        run = None  # what finishing needs would not fit beside it
+        let_go()
     if processes.leads():
-        finish(run if processes.size() == 1 else whole(run.config, place), RunDir(root))
+        finish(run or load_run(place, last=False), RunDir(root))
 
 
-def whole(config: Config, place: Path) -> Run:
-    """The run of a stage in the folder `place` again, from its last checkpoint, with networks that are not sharded."""
-    run = building.build(dataclasses.replace(config, start={}))
-    checkpoint.load(building.latest(place), run.players, run.objective)
-    return run
+def let_go() -> None:
+    """Frees what nobody holds any more: sharded networks point at themselves."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def resume_point(where: Path, name: str) -> tuple[Path, Path]:

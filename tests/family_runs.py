@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from fewstep import build, config
+from fewstep import sharded as from_shards
 from fewstep.build import Run
 from fewstep.core.batch import Batch, Pair
 from fewstep.core.draw import Draw
 from fewstep.models import schedulers, tiny
-from fewstep.train import checkpoint, parallel, processes
+from fewstep.train import checkpoint, processes
 from fewstep.train.loop import train_step
 
 FAMILIES = ("unet2d", *tiny.MAKERS)
@@ -70,6 +71,14 @@ def build_run(
     family: str, folder: Path, objective: dict[str, Any], players: dict[str, dict] | None = None, **model: Any
 ) -> Run:
     """A run of a family; `players` are changes to those that learn, by default a generator and a critic."""
+    with processes.leader_first():
+        file = write(family, folder, objective, players, **model)
+    (one,) = config.load(file)
+    return build.build(one) if processes.size() == 1 else from_shards.build(one)
+
+
+def write(family: str, folder: Path, objective: dict[str, Any], players: dict[str, dict] | None, **model: Any) -> Path:
+    """The config of that run, with what it reads."""
     (folder / "prompts.txt").write_text("a disc\ntwo rings\na red one\n")
     changes = players or {name: {} for name in SCORES}
     file = folder / "cell.yaml"
@@ -82,7 +91,7 @@ def build_run(
         "data": {"source": str(folder / "prompts.txt"), "resolution": 16, **SIZES.get(family, {})},
     }
     file.write_text(json.dumps(node))
-    return build.build(config.load(file)[0])
+    return file
 
 
 def batch(run: Run, step: int, ids: Tensor) -> Batch:
@@ -113,9 +122,7 @@ def load(run: Run, path: Path) -> int:
 
 def sharded(family: str, folder: Path) -> list[dict[str, float]]:
     """Three steps on all processes there are, with a checkpoint after two and at the end."""
-    with processes.leader_first():
-        run = build_run(family, folder, DMD2)
-    parallel.distribute(run.objective, run.players, run.device)
+    run = build_run(family, folder, DMD2)
     curves = play(run, range(2))
     save(run, folder / f"{family}_by_two", 2)
     curves += play(run, range(2, 3))

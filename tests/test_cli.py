@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from fewstep import cli
-from fewstep.train import checkpoint
+from fewstep import cli, export
+from fewstep.models.shaped import is_shaped
+from fewstep.train import checkpoint, processes
 
 QUICK = ["batch=4", "evals.every=0", "evals.samples=24", "save.every=2", "steps=4"]
 
@@ -40,6 +42,32 @@ def test_a_run_leaves_the_promised_folder(run: Path) -> None:
     assert [row["name"] for row in table["rows"]] == ["teacher, 50 steps", "teacher, 1 step", "student, 1 step"]
     assert [row["passes"] for row in table["rows"]] == [50, 1, 1]
     assert all(row["samples"] == 24 for row in table["rows"])
+
+
+def test_what_finishes_a_run_of_several_processes(run: Path) -> None:
+    """Teacher and generator alone have memory, and the generator is its average."""
+    used = export.load_run(run, last=False)
+    triad = used.triad
+    assert [is_shaped(net) for net in (triad.generator, triad.real_score, triad.fake_score)] == [False, False, True]
+    assert not used.players["generator"].followers and used.evaluated() is triad.generator
+    average = checkpoint.read_network(checkpoint.available(run / "checkpoints")[-1], "generator", "ema")
+    assert all(torch.equal(value, average[name]) for name, value in triad.generator.state_dict().items())
+    assert "EMA of the weights" in export.card(used, torch.float32)
+
+
+def test_a_batch_that_processes_cannot_share_out_is_refused_first(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(processes, "from_leader", lambda decide: decide())
+    monkeypatch.setattr(processes, "refuse_differences", lambda config: None)
+    told = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert train(tiny_teacher, tmp_path, "batch=3") == 2
+        told.append(capsys.readouterr().err)
+    assert told[0].startswith("fewstep: a batch of 3 cannot be shared out to 2 processes") and told[0].count("\n") == 1
+    assert told[1] == "" and list(tmp_path.iterdir()) == []
 
 
 def test_commands_on_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

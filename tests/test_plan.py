@@ -114,6 +114,16 @@ def test_gpus_share_networks_and_batch(full: tuple[Setting, Account, Run, Accoun
     assert 0.45 < halved < 0.55 and 0 < shared.of_kind("gathered") < alone.of_kind("weights")
 
 
+def test_gradients_of_micro_batches_wait_whole(full: tuple[Setting, Account, Run, Account]) -> None:
+    """Processes add them up once a move, and until then each keeps those of whole networks."""
+    setting, alone, _, _ = full
+    config = replace(setting.config, micro_batches=2)
+    shared, _ = plan.foresee(Setting(config, gpus=2))
+    for role in ("generator", "fake_score"):
+        assert shared.of_kind("gradients", role=role) == alone.of_kind("gradients", role=role) > 0
+        assert shared.of_kind("moments", role=role) < 0.6 * alone.of_kind("moments", role=role)
+
+
 def test_what_is_gathered_is_the_root_and_the_largest_block() -> None:
     from torch import nn
 

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """One sentence: what was given, what is allowed, what to do. The command line prints it and exits with 2."""
 
 
+class SaidOnce(UserError):
+    """All processes of a run raise it alike; the command line says it in the first one alone."""
+
+
 def sentence(error: Exception) -> str:
     """The lines of an omegaconf error as one, without its type trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
 from fewstep.core.errors import UserError
@@ -53,12 +57,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def pretrained(kind: Any, folder: str, weights: bool = True, **where: Any) -> Any:
+def _shaping(buffers: bool) -> AbstractContextManager[Any]:
+    """What is built inside has no memory, except for its `buffers` where they are wanted."""
+    if not buffers:
+        return torch.device("meta")
+    from accelerate import init_empty_weights  # a second that only several processes wait
+
+    return init_empty_weights(include_buffers=False)
+
+
+def pretrained(kind: Any, folder: str, weights: bool = True, buffers: bool = False, **where: Any) -> Any:
     """`kind.from_pretrained`, or the shape alone on the meta device. Raises UserError with diffusers' reason."""
     try:
         if not weights:
             config = kind.load_config(folder, **where)
-            with torch.device("meta"):
+            with _shaping(buffers):
                 return kind.from_config(config)
         return kind.from_pretrained(folder, **where)
     except Exception as error:
@@ -66,10 +79,10 @@ def pretrained(kind: Any, folder: str, weights: bool = True, **where: Any) -> An
         raise UserError(f"{kind.__name__} cannot be loaded from {folder}: {reason}") from None
 
 
-def _network(kind: Any, folder: str, weights: bool, **where: Any) -> nn.Module:
+def _network(kind: Any, folder: str, weights: bool, buffers: bool, **where: Any) -> nn.Module:
     """A float32 network with exactly the tensors of its safetensors file; pickles are never opened."""
     if not weights:
-        return pretrained(kind, folder, weights=False, **where)
+        return pretrained(kind, folder, weights=False, buffers=buffers, **where)
     where = {**where, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     net, found = pretrained(kind, folder, **where)
     if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):
@@ -128,27 +141,56 @@ def part_of(pipeline: Any) -> str:
     return next(name for name in DENOISERS if name in pipeline.components)
 
 
-def load(source: str, revision: str | None = None, weights: bool = True) -> Loaded:
+def load(source: str, revision: str | None = None, weights: bool = True, buffers: bool = False) -> Loaded:
     """Loads `source`: a pipeline folder, a bare model folder, or a hub id such as owner/name.
 
-    Without `weights` the network is only shaped, on the meta device.
+    Without `weights` the network is only shaped, on the meta device; with `buffers` those are real all the same.
     Raises UserError where nothing is found or the class has no row in the table of families.
     """
+    if _is_model(source):
+        folder = locate(source)
+        return Loaded(_model(str(folder), _read_json(folder / "config.json"), weights, buffers), None)
+    return denoiser(find(source, revision), weights, buffers)
+
+
+def _is_model(source: str) -> bool:
     folder = locate(source)
-    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
-        return Loaded(_model(str(folder), _read_json(folder / "config.json"), weights), None)
-    return denoiser(find(source, revision), weights)
+    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
 
 
-def _model(folder: str, config: dict[str, Any], weights: bool) -> nn.Module:
+def _model(folder: str, config: dict[str, Any], weights: bool, buffers: bool) -> nn.Module:
     kind = _class(config.get("_class_name", "?"))
-    return _network(kind, folder, weights)
+    return _network(kind, folder, weights, buffers)
 
 
-def denoiser(pipeline: Pipeline, weights: bool = True) -> Loaded:
+def weight_files(source: str, revision: str | None = None) -> list[Path]:
+    """The safetensors files of the denoiser that `load` reads; none where it would not find any."""
+    if _is_model(source):
+        place = Pipeline(str(locate(source)), {}, {})
+        part = None
+    else:
+        place = find(source, revision)
+        part = place.part
+    index = _file(place, part, SAFE_WEIGHTS_INDEX_NAME)
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index else [SAFETENSORS_WEIGHTS_NAME]
+    return [file for name in names if (file := _file(place, part, name)) is not None]
+
+
+def _file(pipeline: Pipeline, part: str | None, name: str) -> Path | None:
+    """The file of that name in the folder of `part`, from the hub where that is its place."""
+    if Path(pipeline.source).is_dir():
+        file = Path(pipeline.source) / (part or "") / name
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(pipeline.source, name, subfolder=part, **pipeline.where))
+    except EntryNotFoundError:
+        return None
+
+
+def denoiser(pipeline: Pipeline, weights: bool = True, buffers: bool = False) -> Loaded:
     """The denoiser and the scheduler of a pipeline; see `load`."""
     kind = _class(str(pipeline.class_of(pipeline.part)))
-    net = _network(kind, pipeline.source, weights, subfolder=pipeline.part, **pipeline.where)
+    net = _network(kind, pipeline.source, weights, buffers, subfolder=pipeline.part, **pipeline.where)
     scheduler_class = getattr(diffusers, pipeline.class_of("scheduler") or "?", None)
     if scheduler_class is None:
         raise UserError(f"the pipeline at {pipeline.source} has no scheduler that diffusers knows")
@@ -168,14 +210,14 @@ def shape_of(pipeline: Pipeline, part: str) -> nn.Module:
         return kind(config)
 
 
-def new(network: dict[str, Any], weights: bool = True) -> nn.Module:
-    """A network from its `class` and arguments. Raises UserError for another class or wrong arguments."""
+def new(network: dict[str, Any], weights: bool = True, buffers: bool = False) -> nn.Module:
+    """A network from its `class` and arguments; see `load`. Raises UserError for another class or wrong arguments."""
     arguments = dict(network)
     name = arguments.pop("class", None)
     if name is None:
         raise UserError(f"model.network needs a class: one of {', '.join(sorted(FAMILIES))}")
     try:
-        with torch.device("cpu" if weights else "meta"):
+        with torch.device("cpu") if weights else _shaping(buffers):
             return _class(name)(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"model.network cannot be built: {str(error).splitlines()[0]}") from None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.models import shaped
+
 _AWAY = "weights_stay_away"  # the name of the mark that `offload` leaves on a network
 
 
@@ -35,7 +37,7 @@ def is_offloaded(net: nn.Module) -> bool:
 def place(module: nn.Module, device: torch.device) -> None:
     """Moves `module` to `device`, unless the network in it stays in host memory."""
     if not any(is_offloaded(part) for part in module.modules()):
-        module.to(device)
+        shaped.place(module, device)
 
 
 def _pin(net: nn.Module, device: torch.device) -> None:

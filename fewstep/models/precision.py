@@ -32,11 +32,15 @@ def lower(net: nn.Module, dtype: torch.dtype) -> None:
 
     Buffers are left as they are: they are small, and positions in bfloat16 would be wrong.
     """
-    kept = set(getattr(net, "_keep_in_fp32_modules", None) or ())
     for name, weight in net.named_parameters():
-        if not kept & set(name.split(".")):
+        if not stays_float32(net, name):
             weight.data = weight.data.to(dtype)
     net.register_forward_pre_hook(_cast_to_weights, with_kwargs=True)
+
+
+def stays_float32(net: nn.Module, name: str) -> bool:
+    """Whether the class of `net` wants the weight of that name in float32 in any case."""
+    return bool(set(getattr(net, "_keep_in_fp32_modules", None) or ()) & set(name.split(".")))
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.core.errors import UserError
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
+from fewstep.models.shaped import hollow
 
 
 class Shared(nn.Module):
@@ -210,7 +211,8 @@ def _targets(net: nn.Module, voice: str, spec: LoraSpec) -> list[str]:
 
 def _inject(net: nn.Module, voice: str, spec: LoraSpec, names: Sequence[str]) -> None:
     pattern = "|".join(re.escape(name) for name in names)  # peft takes a list for the ends of names
-    inject_adapter_in_model(LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=pattern), net, voice)
+    with hollow(net):  # peft puts an adapter where its layer is
+        inject_adapter_in_model(LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=pattern), net, voice)
     del net.peft_config  # the next injection would warn of it
 
 

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
-from fewstep.train import parallel, processes
+from fewstep.train import parallel, processes, stored
 from fewstep.train.player import Player
+from fewstep.train.stored import Stored
 
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
@@ -44,12 +44,13 @@ def collect(players: Mapping[str, Player], extra: nn.Module) -> dict[str, Tensor
     return state
 
 
-def restore(state: dict[str, Tensor], players: Mapping[str, Player], extra: nn.Module) -> None:
+def restore(state: Mapping[str, Tensor], players: Mapping[str, Player], extra: nn.Module) -> None:
     """The inverse of `collect`, strict: raises Damaged when a tensor is missing or left over."""
-    left = dict(state)
+    kept, left = stored.held(state), set(state)
 
-    def take(prefix: str) -> dict[str, Tensor]:
-        chosen = {k.removeprefix(prefix): left.pop(k) for k in list(left) if k.startswith(prefix)}
+    def take(prefix: str) -> Stored:
+        chosen = kept.under(prefix)
+        left.difference_update(chosen.names.values())
         return chosen
 
     try:
@@ -61,7 +62,8 @@ def restore(state: dict[str, Tensor], players: Mapping[str, Player], extra: nn.M
             for key, parameter in player.named_parameters():
                 moments = take(f"{name}/optimizer/{key}/")
                 if moments:
-                    own = {k: parallel.like(v, parameter).to(parameter.device) for k, v in moments.items()}
+                    # A copy, for what was read may lie in the file.
+                    own = {k: parallel.like(v, parameter).to(parameter.device, copy=True) for k, v in moments.items()}
                     player.optimizer.state[parameter] = own
     except (RuntimeError, ValueError) as error:
         said = str(error).splitlines()[:2][-1].strip()
@@ -71,9 +73,19 @@ def restore(state: dict[str, Tensor], players: Mapping[str, Player], extra: nn.M
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads the whole tensors of `state`, of which a sharded `module` takes its own part. Raises RuntimeError."""
-    now = module.state_dict()
-    module.load_state_dict({k: parallel.like(v, now.get(k, v)) for k, v in state.items()})
+    """Loads the whole tensors of `state` one by one, of which a sharded `module` takes its own part.
+
+    Raises ValueError where they are not those of `module`.
+    """
+    places = module.state_dict()
+    for what, names in (("missing", places.keys() - state.keys()), ("left over", state.keys() - places.keys())):
+        if names:
+            raise ValueError(f"{len(names)} tensors are {what}, such as {min(names)}")
+    for name, place in places.items():
+        whole = state[name]
+        if whole.shape != place.shape:
+            raise ValueError(f"{name} has the shape {tuple(whole.shape)} and not {tuple(place.shape)}")
+        parallel.put(whole, place)
 
 
 def gather(players: Mapping[str, Player], extra: nn.Module) -> dict[str, Tensor]:
@@ -178,7 +190,7 @@ def verify(path: Path) -> dict[str, Any]:
 def load(path: Path, players: Mapping[str, Player], extra: nn.Module) -> int:
     """Restores players and objective from `path`; returns the number of steps done. Raises Damaged."""
     manifest = verify(path)
-    restore(load_file(path / STATE), players, extra)
+    restore(stored.files([path / STATE]), players, extra)
     for name, player in players.items():
         player.moves = manifest["moves"][name]
         if player.moves and not player.optimizer.state:
@@ -195,17 +207,11 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
             shutil.rmtree(old)
 
 
-def read_network(path: Path, player: str, follower: str | None) -> dict[str, Tensor]:
+def read_network(path: Path, player: str, follower: str | None) -> Stored:
     """The weights of one network of a verified checkpoint: the follower's when asked for and there."""
     verify(path)
-    state = load_file(path / STATE)
+    state = stored.files([path / STATE])
     for part in ([f"follower.{follower}"] if follower else []) + ["network"]:
-        prefix = f"{player}/{part}/"
-        found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if found:
+        if found := state.under(f"{player}/{part}/"):
             return found
     raise UserError(f"the checkpoint {path} holds no network called {player}")
-
-
-def as_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in state.items()}

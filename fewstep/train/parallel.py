@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fewstep.models.passes import networks_of
-from fewstep.models.precision import cast_inputs, dtype_of
+from fewstep.models.precision import cast_inputs, dtype_of, stays_float32
 from fewstep.objectives.base import Objective
 from fewstep.train import processes
 
@@ -57,7 +57,8 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
 def shard(net: nn.Module, over: Any, dtype: torch.dtype = torch.float32) -> None:
     """Leaves of every parameter of `net` the shard of this process, a DTensor, put together for each forward.
 
-    Blocks compute in `dtype`; parameters, reduced gradients and outputs stay float32.
+    Blocks compute in `dtype`; parameters, reduced gradients and outputs stay float32. What the class of `net` keeps in
+    float32 then is left whole in every process: norms and tables are too small to be worth a group of their own.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # a second that one process need not wait
 
@@ -65,31 +66,39 @@ def shard(net: nn.Module, over: Any, dtype: torch.dtype = torch.float32) -> None
     # Times are inputs too and stay as they are: inputs are cast below, all but the vectors.
     inner = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(low, torch.float32, torch.float32, cast_forward_inputs=False)
+    exact = set() if low is None else {p for name, p in net.named_parameters() if stays_float32(net, name)}
     for module, policy in [*((block, inner) for block in blocks_of(net)), (net, outer)]:
-        fully_shard(module, mesh=over, mp_policy=policy)
+        fully_shard(module, mesh=over, mp_policy=policy, ignored_params=exact)
         if low is not None:
             module.register_forward_pre_hook(cast_inputs(low), with_kwargs=True)
 
 
-def distribute(objective: Objective, players: Mapping[str, Player], device: torch.device) -> None:
-    """Shards the networks of all roles and followers and replicates the rest; the players' optimizers start anew."""
+def distribute(
+    objective: Objective, players: Mapping[str, Player], device: torch.device, beside: Sequence[nn.Module] = ()
+) -> None:
+    """Shards the networks of all roles, of followers and of `beside`; replicates the rest; optimizers start anew.
+
+    What is only shaped gets memory on `device` for its shards, and no values yet.
+    """
     if processes.size() == 1:
         return
     followers = [follower.module for player in players.values() for follower in player.followers.values()]
-    modules = [*(net for net in vars(objective.triad).values() if net is not None), *followers, objective]
+    modules = [*(net for net in vars(objective.triad).values() if net is not None), *followers, *beside, objective]
     networks, over = networks_of(*modules), mesh(device)
     broadcast([*networks, *modules])
     for net in networks:
         shard(net, over, dtype_of(net))
+        net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     for player in players.values():
         player.enlist()
 
 
 def broadcast(modules: Iterable[nn.Module]) -> None:
-    """Gives all processes the leader's parameters and buffers."""
+    """Gives all processes the leader's parameters and buffers, where they have memory."""
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
     for tensor in tensors.values():
-        dist.broadcast(tensor.detach(), 0)
+        if not tensor.is_meta:
+            dist.broadcast(tensor.detach(), 0)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -113,6 +122,11 @@ def like(whole: Tensor, reference: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, reference.device_mesh, reference.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def put(whole: Tensor, place: Tensor) -> None:
+    """Copies `whole` into `place`, or where that is sharded this process's part of it."""
+    local(place).copy_(local(like(whole, place)))
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:

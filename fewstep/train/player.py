@@ -67,6 +67,17 @@ class Follower:
         self.module = copy.deepcopy(of).float().eval().requires_grad_(False)
 
     @torch.no_grad()
+    def begin(self) -> None:
+        """Is what `of` is, for one that was made before `of` had its weights."""
+        pairs = zip(self._tensors(self.module), self._tensors(self.of), strict=True)
+        for mine, theirs in pairs:
+            parallel.local(mine).copy_(parallel.local(theirs))
+
+    @staticmethod
+    def _tensors(module: nn.Module) -> list[Tensor]:
+        return [*module.parameters(), *module.buffers()]
+
+    @torch.no_grad()
     def follow(self, moves: int) -> None:
         parallel.reshard([self.module])
         shadow = [parallel.local(p) for p in self.module.parameters()]
@@ -111,7 +122,7 @@ class Player:
             betas=tuple(self.config.betas),
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
-            fused=self.parameters[0].device.type != "meta",
+            fused=not any(p.is_meta for p in self.parameters),
         )
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:

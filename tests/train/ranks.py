@@ -170,6 +170,10 @@ def mishaps(last: bool) -> Iterator[tuple[str, str]]:
     yield "bad_loss", message(lambda: train_step(one.objective, [batch], 2, one.players))
     yield "other_config", message(lambda: processes.refuse_differences("b" if last else "a"))
     yield "same_config", message(lambda: processes.refuse_differences("a"))
+    own = processes._source
+    processes._source = lambda: own() + "x" * last
+    yield "other_code", message(lambda: processes.refuse_differences("a"))
+    processes._source = own
     yield "uneven", message(lambda: processes.share(torch.arange(6), 2))
 
 

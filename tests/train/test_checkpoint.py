@@ -294,11 +294,6 @@ def test_one_network_is_read_alone(saved: Path) -> None:
         checkpoint.read_network(saved, "generator", None)
 
 
-def test_float32_is_for_weights_only() -> None:
-    state = checkpoint.as_float32({"w": torch.ones(2, dtype=torch.bfloat16), "n": torch.ones(2, dtype=torch.int64)})
-    assert state["w"].dtype == torch.float32 and state["n"].dtype == torch.int64
-
-
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
 def test_the_optimizer_resumes_on_the_device_of_its_player() -> None:
     world, net = World(), Net().to("meta")

@@ -114,6 +114,7 @@ def test_each_process_holds_its_half(ranks: list[dict[str, Any]]) -> None:
         ("untouched", "True"),
         ("bad_loss", "NonFinite: the loss of player generator is nan at step 2: nothing was moved"),
         ("other_config", "UserError: the processes of this run differ in their config: 1 from 0"),
+        ("other_code", "UserError: the processes of this run differ in their package source: 1 from 0"),
         ("same_config", "nothing was raised"),
         ("uneven", "UserError: a batch of 6 cannot be shared out to 2 processes"),
     ],
