@@ -134,11 +134,17 @@ def rows_of(sentences: Sequence[str]) -> Tensor:
 def canonical(rows: Tensor) -> Tensor:
     """Rows (N,K) as one can see them: the object above or to the left comes first, whichever was named first."""
     turned = (rows[:, _RELATION_COLUMN] == 2) | (rows[:, _RELATION_COLUMN] == 4)
-    other = rows.clone()
+    other = exchanged(rows)
     other[:, _RELATION_COLUMN] = _OPPOSITE.to(rows.device)[rows[:, _RELATION_COLUMN]]
+    return torch.where(turned[:, None], other, rows)
+
+
+def exchanged(rows: Tensor) -> Tensor:
+    """Rows (N,K) of two objects with each in the other's place and the relation as it was."""
+    other = rows.clone()
     other[:, _FIRST] = torch.where(rows[:, _SECOND] == UNSAID, UNSAID, rows[:, _SECOND] - 1)
     other[:, _SECOND] = torch.where(rows[:, _FIRST] == UNSAID, UNSAID, rows[:, _FIRST] + 1)
-    return torch.where(turned[:, None], other, rows)
+    return other
 
 
 def _columns(row: Sequence[int] | Tensor) -> list[tuple[tuple[str, ...], int]]:
