@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fewstep import latents, pairs
+from fewstep import conditions, latents, pairs
 from fewstep.conditions import Conditions, Labels, Prompts
-from fewstep.config import Config
+from fewstep.config import Config, differences
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.data.base import checksum
 from fewstep.data.loader import Loader
 from fewstep.data.source import PromptSource, Source, open_source
 from fewstep.models import attention, loading, offload, schedulers, shaped
@@ -35,6 +36,7 @@ from fewstep.models.passes import networks_of
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, transition
+from fewstep.store import Store
 from fewstep.train import checkpoint, parallel, processes, stored
 from fewstep.train.player import Follower, Player, constant_decay, ema_decay
 
@@ -571,45 +573,136 @@ def batches(run: Run) -> Callable[[int], list[Batch]]:
     return at
 
 
-def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
-    """Makes what must be there before the first step: the teacher's pairs and the latents, where they are read.
+Tensors = dict[str, torch.Tensor]
+Progress = Callable[[int], object]
 
-    They are kept in the run folder `root`; those of the stage before are used again where they are the same.
+
+@dataclass(frozen=True)
+class Made:
+    """What is made before the first step, in the folder `name`: `count` rows, `rows` of them a shard."""
+
+    name: str
+    recipe: str
+    count: int
+    rows: int
+    unit: str
+    make: Callable[[torch.Tensor, Progress], Tensors]
+    take: Callable[[Store], None]
+    """gives the run what has been made"""
+
+    def store(self, place: Path) -> Store:
+        return Store(place / self.name, self.recipe, self.count, self.rows)
+
+    def fill(self, store: Store) -> None:
+        """Makes what is missing of it, as a bar shows."""
+        quiet = not processes.leads()
+        with tqdm(total=self.count, unit=self.unit, desc=self.name, dynamic_ncols=True, disable=quiet) as bar:
+            store.fill(self.make, bar.update)
+
+
+def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
+    """Gives the run what must be there before the first step: the teacher's pairs and the latents, where it reads them.
+
+    They are found in `data.prepared`; without it they are made in the run folder `root`, where an interrupted run goes
+    on making them, or those of the stage before are used again where they are the same.
+    Raises UserError for a folder `data.prepared` that does not hold them.
     """
-    config, data = run.config.pairs, run.config.data
-    places = [folder for folder in (root, previous) if folder is not None]
-    if "pair" in run.objective.reads:
-        name = f"pairs_{config.count}x{config.steps}_seed{config.seed}.safetensors"
-        run.pairs = pairs.load(_made(places, name, pairs_recipe(run), partial(_save_pairs, run)), config.seed)
-    if data.cache and "x0" in run.objective.reads:
-        name = f"latents_{data.cache}_seed{data.seed}.safetensors"
-        made = _made(places, name, latents_recipe(run), partial(_save_latents, run))
-        run.latents = latents.load(made, run.config.seed)
+    prepared = run.config.data.prepared
+    for made in to_make(run, texts=prepared is not None):
+        made.take(_made(made, [root, previous]) if prepared is None else _prepared(made, Path(prepared)))
     if run.teacher.codec is not None and "x0" in run.objective.reads:
         _check_scale(run)
 
 
-def _made(places: list[Path], name: str, recipe: str, make: Callable[[Path, str], None]) -> Path:
-    """The file of this `recipe` in one of the folders `places`; it is made in the first where there is none."""
-    there = [place / name for place in places]
-    found = processes.from_leader(lambda: [file for file in there if pairs.recipe_of(file) == recipe])
+def _made(made: Made, places: Sequence[Path | None]) -> Store:
+    """The finished store in one of the folders `places`; it is made in the first where there is none."""
+    stores = [made.store(place) for place in places if place is not None]
+    found = processes.from_leader(lambda: [i for i, store in enumerate(stores) if store.finished()])
     if found:
-        return found[0]
-    make(there[0], recipe)
-    processes.wait()
-    return there[0]
+        return stores[found[0]]
+    made.fill(stores[0])
+    return stores[0]
 
 
-def _save_pairs(run: Run, file: Path, recipe: str) -> None:
-    """All processes make them together, for each holds only a part of the teacher; the leader writes them."""
-    made = make_pairs(run)
-    if processes.leads():
-        pairs.save(file, made, recipe)
+def _prepared(made: Made, folder: Path) -> Store:
+    """The finished store in a folder of `fewstep prepare`. Raises UserError where it is not there."""
+    stores = [made.store(place) for place in (folder, *sorted(folder.glob("stage_*")))]
+    for store in stores:
+        if store.finished():
+            return store
+    for store in stores:
+        if store.ours():
+            raise UserError(f"{store.folder} is not finished: fewstep prepare with --out {folder} goes on where it was")
+    for store in stores:
+        refuse_other(store)
+    raise UserError(f"data.prepared={folder} has no {made.name}: make it by fewstep prepare with --out {folder}")
 
 
-def _save_latents(run: Run, file: Path, recipe: str) -> None:
-    if processes.leads():
-        latents.save(file, make_latents(run), recipe)
+def refuse_other(store: Store) -> None:
+    """Raises UserError where the folder of a store holds something that was made by other settings."""
+    if (index := store.index()) is not None and not store.ours():
+        wanted = {"recipe": json.loads(store.recipe), "count": store.count}
+        before = {name: index[name] for name in wanted}
+        changed = differences(*(json.dumps(settings) for settings in (before, wanted)))
+        said = "; ".join(changed.values()).replace("recipe.", "")
+        raise UserError(f"{store.folder} was made by other settings ({said}): use another folder, or delete it")
+
+
+def to_make(run: Run, texts: bool) -> list[Made]:
+    """What the training of a run reads that can be made before; the encoded `texts` only where asked for."""
+    found = []
+    if "pair" in run.objective.reads:
+        found.append(_pairs(run))
+    if run.config.data.cache and "x0" in run.objective.reads:
+        found.append(_latents(run))
+    if texts and isinstance(run.conditions, Prompts) and (told := _texts(run)):
+        found.append(_prompts(run, run.conditions, told))
+    return found
+
+
+def _pairs(run: Run) -> Made:
+    config = run.config.pairs
+
+    def take(store: Store) -> None:
+        run.pairs = pairs.stored(store.read(), config.seed)
+        if run.triad.real_score is None and processes.size() == 1:
+            run.teacher.net.to("cpu")  # it has said all it will be asked
+
+    name = f"pairs_{config.count}x{config.steps}_seed{config.seed}"
+    make = functools.partial(make_pairs, run)
+    return Made(name, pairs_recipe(run), config.count, pairs.SHARD, "pair", make, take)
+
+
+def _latents(run: Run) -> Made:
+    data = run.config.data
+
+    def make(rows: torch.Tensor, progress: Progress) -> Tensors:
+        return latents.make(run.encode, run.source.images, rows, run.at_once, progress)
+
+    def take(store: Store) -> None:
+        run.latents = latents.Latents(store.tensors()["x0"], run.config.seed)
+
+    name = f"latents_{data.cache}_seed{data.seed}"
+    return Made(name, latents_recipe(run), data.cache, latents.SHARD, "image", make, take)
+
+
+def _texts(run: Run) -> list[str]:
+    """The captions that the training asks for, each once; none where there is no end of them."""
+    cached = "x0" in run.objective.reads and run.config.data.cache
+    count = cached or run.source.epoch
+    return list(dict.fromkeys(run.source.captions(torch.arange(count)))) if count else []
+
+
+def _prompts(run: Run, prompts: Prompts, texts: list[str]) -> Made:
+    def make(rows: torch.Tensor, progress: Progress) -> Tensors:
+        return conditions.make(prompts, [texts[row] for row in rows.tolist()], progress)
+
+    def take(store: Store) -> None:
+        prompts.keep(texts, store.tensors())
+        prompts.codec.encoders.to("cpu")  # whoever asks for other prompts waits a little longer
+
+    recipe = prompts_recipe(run, texts)
+    return Made(f"prompts_{len(texts)}", recipe, len(texts), conditions.SHARD, "prompt", make, take)
 
 
 def pairs_recipe(run: Run) -> str:
@@ -631,8 +724,23 @@ def latents_recipe(run: Run) -> str:
     return json.dumps(made, sort_keys=True)
 
 
+def prompts_recipe(run: Run, texts: list[str]) -> str:
+    """Everything that decides what the encoded `texts` are."""
+    assert run.teacher.codec is not None
+    made = {
+        "weights": _sums(run.teacher.codec.encoders.parameters()),
+        "tokens": run.config.model.max_sequence_length,
+        "resolution": run.config.data.resolution,
+        "texts": checksum(*(f"{text}\n".encode() for text in texts)),
+    }
+    return json.dumps(made, sort_keys=True)
+
+
 def _data(run: Run) -> dict[str, Any]:
-    return {**asdict(run.config.data), "checksum": run.source.checksum()}
+    """What decides the samples: the name of a world, or what lies in a folder, wherever that is."""
+    found = {**asdict(run.config.data), "checksum": run.source.checksum()}
+    apart = {"workers", "prepared", "source" if found["checksum"] else ""}
+    return {name: value for name, value in found.items() if name not in apart}
 
 
 @torch.no_grad()
@@ -646,28 +754,15 @@ def _sums(weights: Iterable[torch.Tensor]) -> list[str]:
     return [f"{value:.6e}" for value in sums]
 
 
-def make_latents(run: Run) -> latents.Latents:
-    """The latents of the first `data.cache` samples, or of the whole folder."""
-    count = run.config.data.cache
-    with tqdm(total=count, unit="image", desc="latents", dynamic_ncols=True) as bar:
-        seed, images = run.config.seed, run.source.images
-        return latents.make(run.encode, images, count, seed, run.at_once, progress=bar.update)
-
-
-def make_pairs(run: Run) -> pairs.Pairs:
-    """The guided teacher's deterministic samples from the noises of `config.pairs`."""
-    config = run.config.pairs
-    teacher = run.teacher
+def make_pairs(run: Run, rows: torch.Tensor, progress: Progress) -> Tensors:
+    """The guided teacher's deterministic samples from the noises of the consecutive `rows` (N,)."""
+    config, teacher = run.config.pairs, run.teacher
     scheduler = schedulers.student_scheduler(teacher.scheduler, teacher.kind, "ode", config.steps, teacher.shift)
     walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
-    guided = run.guided()
-    quiet = not processes.leads()
-    with tqdm(total=config.count, unit="pair", desc="teacher pairs", dynamic_ncols=True, disable=quiet) as bar:
-        told, batch = run.conditions.of, run.at_once
-        made = pairs.make_pairs(guided, walk, told, run.shape, config.count, config.seed, batch, bar.update, run.device)
-    if run.triad.real_score is None and processes.size() == 1:
-        teacher.net.to("cpu")  # it has said all it will be asked
-    return made
+    told, first = run.conditions.afresh, int(rows[0])
+    guided, batch = run.guided(), run.at_once
+    made = pairs.make_pairs(guided, walk, told, run.shape, len(rows), config.seed, batch, progress, run.device, first)
+    return pairs.tensors_of(made)
 
 
 def executed(run: Run) -> list[str]:

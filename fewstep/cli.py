@@ -1,4 +1,4 @@
-"""The command line: fewstep plan | train | sample | eval | compare | export | report | config | objectives.
+"""The command line: fewstep plan | prepare | train | sample | eval | compare | export | report | config | objectives.
 
 Heavy imports wait inside the commands, so that a spelling mistake is answered at once.
 """
@@ -72,6 +72,12 @@ def plan(args: argparse.Namespace) -> None:
     from fewstep import plan as planning
 
     planning.show(Path(args.config), args.overrides, args.gpus, args.memory)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    from fewstep import prepare as preparing
+
+    preparing.prepare(Path(args.config), args.overrides, Path(args.out) if args.out else None)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -169,6 +175,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--gpus", type=int, default=1, help="over how many the run is shared out")
     one.add_argument("--memory", metavar="SIZE", help="of one GPU, such as 24GB: names what to switch on to fit")
     one.set_defaults(call=plan)
+
+    one = commands.add_parser("prepare", help="make what the training of a config reads: latents, prompts, pairs")
+    one.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")
+    one.add_argument("overrides", nargs="*", help="key=value, such as pairs.count=20000")
+    one.add_argument("--out", help="the folder to fill; default: data.prepared, or prepared/<name>")
+    one.set_defaults(call=prepare)
 
     one = commands.add_parser("train", help="train from a config, with key=value overrides")
     one.add_argument("config", help="a YAML file, such as configs/quickstart.yaml")

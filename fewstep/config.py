@@ -154,6 +154,8 @@ class DataConfig:
     """images encoded once, before training, and then visited again and again; 0 encodes new ones at every step"""
     workers: int = 0
     """threads that decode the next batches during a step; the order and the bytes are the same for any number"""
+    prepared: str | None = None
+    """a folder that `fewstep prepare` has filled for this config: latents, encoded prompts and teacher pairs"""
 
     def __post_init__(self) -> None:
         if self.workers < 0:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.data.source import shuffled
+from fewstep.data.base import shuffled
+from fewstep.store import Sharded
+
+BATCH = 64
+SHARD = 16 * BATCH
 
 
 @dataclass(frozen=True)
 class Latents:
     """`x0` (N, *S) float16 are the latents of the samples 0 .. N-1 of a source."""
 
-    x0: Tensor
+    x0: Tensor | Sharded
     seed: int
 
     def visited(self, ids: Tensor) -> Tensor:
@@ -33,25 +35,13 @@ class Latents:
 def make(
     encode: Callable[[Tensor], Tensor],
     images: Callable[[Tensor], Tensor],
-    count: int,
-    seed: int,
-    batch: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Latents:
-    """Encodes `images(rows)` for the first `count` rows of a source."""
+    rows: Tensor,
+    batch: int,
+    progress: Callable[[int], object],
+) -> dict[str, Tensor]:
+    """Encodes `images(rows)`, `batch` at once: the latents `x0` (N, *S) float16 of the samples `rows` (N,)."""
     parts = []
-    for rows in torch.arange(count).split(batch):
-        parts.append(encode(images(rows)).half().cpu())
-        progress(len(rows))
-    return Latents(torch.cat(parts).contiguous(), seed)  # a VAE may answer with channels last
-
-
-def save(file: Path, latents: Latents, recipe: str) -> None:
-    """Writes the latents and the `recipe` they were made by, which `fewstep.pairs.recipe_of` reads."""
-    aside = file.with_suffix(".partial")
-    save_file({"x0": latents.x0}, aside, {"recipe": recipe})
-    aside.rename(file)
-
-
-def load(file: Path, seed: int) -> Latents:
-    return Latents(load_file(file)["x0"], seed)
+    for some in rows.split(batch):
+        parts.append(encode(images(some)).half().cpu())
+        progress(len(some))
+    return {"x0": torch.cat(parts).contiguous()}  # a VAE may answer with channels last

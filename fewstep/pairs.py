@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.core.batch import Condition, Pair
 from fewstep.core.draw import Draw
 from fewstep.models.backbone import Backbone
 from fewstep.rollout import Rollout
+
+BATCH = 128
+SHARD = 2 * BATCH
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,18 @@ def make_pairs(
     shape: tuple[int, ...],
     count: int,
     seed: int,
-    batch: int = 128,
-    progress: Callable[[int], None] = lambda done: None,
+    batch: int = BATCH,
+    progress: Callable[[int], object] = lambda done: None,
     device: torch.device | None = None,
+    first: int = 0,
 ) -> Pairs:
-    """Runs the (guided) teacher by a deterministic `rollout` from `count` noises; `condition(rows)` labels them.
+    """Runs the (guided) teacher by a deterministic `rollout` from the `count` noises of the rows from `first` on.
 
-    They are made on `device`, by default where the weights of the teacher lie.
+    `condition(rows)` labels them. They are made on `device`, by default where the weights of the teacher lie.
     """
     device = device or next(teacher.parameters()).device
     parts, conditions = [], []
-    for rows in torch.arange(count, device=device).split(batch):
+    for rows in torch.arange(first, first + count, device=device).split(batch):
         cond = condition(rows)
         draw = Draw(seed, 0, rows)
         parts.append(rollout(teacher, noise_of(seed, rows, shape), cond, draw).x0.cpu())
@@ -72,24 +73,12 @@ def make_pairs(
     return Pairs(torch.cat(parts), cond, seed)
 
 
-def save(file: Path, pairs: Pairs, recipe: str = "") -> None:
-    """Writes x0, the condition and the `recipe` they were made by; the noise is a function of the seed."""
-    aside = file.with_suffix(".partial")
-    tensors = {"x0": pairs.x0, **{f"cond/{k}": v for k, v in pairs.cond.inputs.items()}}
-    save_file(tensors, aside, {"recipe": recipe})
-    aside.rename(file)
+def tensors_of(pairs: Pairs) -> dict[str, Tensor]:
+    """x0 and the condition by the names they are stored under; the noise is a function of the seed."""
+    return {"x0": pairs.x0, **{f"cond/{name}": value for name, value in pairs.cond.inputs.items()}}
 
 
-def recipe_of(file: Path) -> str | None:
-    """What the pairs in `file` were made by; None for no file, or one that cannot be read."""
-    try:
-        with safe_open(file, "pt") as opened:
-            return (opened.metadata() or {}).get("recipe")
-    except (OSError, SafetensorError):
-        return None
-
-
-def load(file: Path, seed: int) -> Pairs:
-    state = load_file(file)
-    inputs = {k.removeprefix("cond/"): v for k, v in state.items() if k.startswith("cond/")}
-    return Pairs(state["x0"], Condition(inputs), seed)
+def stored(tensors: Mapping[str, Tensor], seed: int) -> Pairs:
+    """The pairs that `tensors_of` were made from."""
+    inputs = {name.removeprefix("cond/"): value for name, value in tensors.items() if name.startswith("cond/")}
+    return Pairs(tensors["x0"], Condition(inputs), seed)

@@ -148,7 +148,17 @@ class Training:
 # What may change when a run is resumed: how long and how it learns, what is looked at, how networks are executed; not
 # what is learned.
 _EXECUTION = ("model.attention", "model.precision", "model.checkpointing", "model.compile", "model.roles")
-_CHANGEABLE = ("steps", "micro_batches", "device", "players.", "evals.", "save.", "data.workers", *_EXECUTION)
+_CHANGEABLE = (
+    "steps",
+    "micro_batches",
+    "device",
+    "players.",
+    "evals.",
+    "save.",
+    "data.workers",
+    "data.prepared",
+    *_EXECUTION,
+)
 
 
 def check_resumed(config: Config, root: Path) -> None:

@@ -23,6 +23,7 @@ _SMALL = (
     "data.source=captioned",
     "data.resolution=16",
     "data.cache=0",
+    "data.prepared=null",
     "pairs.count=4",
     "pairs.steps=2",
     "evals.samples=0",

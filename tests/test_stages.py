@@ -35,7 +35,7 @@ def test_second_phase_keeps_the_first_expert_and_starts_a_new_critic(tiny_teache
 
 def test_pairs_are_made_once_and_distillation_starts_from_the_reflow(tiny_teacher: Path, tmp_path: Path) -> None:
     run = play("rectified_flow", tiny_teacher, tmp_path, "players.generator.lr=1e-12")
-    assert len(list(run.rglob("pairs_*.safetensors"))) == 1
+    assert len(list(run.rglob("pairs_*/index.json"))) == 1
     reflowed, distilled = network(run / "stage_1", "ema"), network(run / "stage_2")
     gap = max((reflowed[name] - distilled[name]).abs().max().item() for name in reflowed)
     assert gap < 1e-9
@@ -62,12 +62,13 @@ def test_pairs_of_another_teacher_or_guidance_are_made_again(tiny_teacher: Path,
         given = [*SMALL, f"model.teacher={tiny_teacher}", *more]
         run = build.build(config.load("configs/scenes/dmd.yaml", given)[0])
         build.prepare(run, tmp_path)
-        return (tmp_path / "pairs_8x2_seed7.safetensors").read_bytes()
+        return file.read_bytes()
 
+    file = tmp_path / "pairs_8x2_seed7" / "shard-00000.safetensors"
     first = made()
-    stamp = (tmp_path / "pairs_8x2_seed7.safetensors").stat().st_mtime_ns
+    stamp = file.stat().st_mtime_ns
     assert made("players.generator.lr=1") == first
-    assert (tmp_path / "pairs_8x2_seed7.safetensors").stat().st_mtime_ns == stamp
+    assert file.stat().st_mtime_ns == stamp
     assert made("model.guidance=3") != first
 
 

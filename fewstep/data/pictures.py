@@ -43,17 +43,21 @@ class Picture:
     caption: str = ""
 
 
-def decoded(content: bytes) -> Image.Image:
-    """A whole RGB picture, upright as its EXIF says. Raises OSError for bytes that are none, or only a part of one."""
+def pixels_of(content: bytes, resolution: int) -> Tensor:
+    """(3, R, R) uint8 of the bytes of a file: the square in the middle of the picture, upright as its EXIF says.
+
+    It is resized by bilinear interpolation with antialiasing; a JPEG of more than four times the resolution is decoded
+    at a half, a quarter or an eighth of its size before that, and stays at twice the resolution or more.
+    Raises OSError for bytes that are no picture, or only a part of one.
+    """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            opened.draft(None, (2 * resolution, 2 * resolution))  # type: ignore[arg-type]
+            opened.load()
+            ImageOps.exif_transpose(opened, in_place=True)
+            image = opened if opened.mode == "RGB" else opened.convert("RGB")
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise OSError(str(error)) from None
-
-
-def fitted(image: Image.Image, resolution: int) -> Tensor:
-    """(3, R, R) uint8: the square in the middle, resized by bilinear interpolation with antialiasing."""
     width, height = image.size
     if width != height:
         side = min(width, height)
@@ -62,8 +66,13 @@ def fitted(image: Image.Image, resolution: int) -> Tensor:
     return transforms.resize(transforms.pil_to_tensor(image), [resolution, resolution], antialias=True)
 
 
+def scaled(pixels: Tensor) -> Tensor:
+    """Levels 0 .. 255 as float32 in [-1, 1]."""
+    return (pixels / 127.5).sub_(1)
+
+
 class Pictures(Source):
-    """Pictures of any size as squares: the middle of each, resized. Every epoch visits each once in its own order.
+    """Pictures of any size as squares, see `pixels_of`. Every epoch visits each once in its own order.
 
     Each is read and decoded once at the start, so that a damaged one is known before the first step: `skipped` names
     what is left out, by the reason. Raises UserError, beginning with `what`, when nothing is left.
@@ -80,8 +89,8 @@ class Pictures(Source):
         nothing: str = "it holds no pictures",
     ):
         self.resolution, self.seed, self.labels = resolution, seed, tuple(labels)
-        kept = resolution if len(found) * 3 * resolution**2 <= MEMORY else None
-        checks = list(_checked(found, kept))
+        kept = len(found) * 3 * resolution**2 <= MEMORY
+        checks = list(_checked(found, resolution, kept))
         whole = [(picture, check) for picture, check in zip(found, checks, strict=True) if check is not None]
         broken = [picture.name for picture, check in zip(found, checks, strict=True) if check is None]
         self.skipped: Skipped = {**({UNREADABLE: broken} if broken else {}), **(skipped or {})}
@@ -107,12 +116,12 @@ class Pictures(Source):
     def images(self, ids: Tensor) -> Tensor:
         rows = self._rows(ids)
         pixels = torch.stack([self._pixels(row) for row in rows.tolist()]) if self._kept is None else self._kept[rows]
-        return pixels.float() / 127.5 - 1
+        return scaled(pixels)
 
     def _pixels(self, row: int) -> Tensor:
         picture = self._pictures[row]
         try:
-            return fitted(decoded(picture.read()), self.resolution)
+            return pixels_of(picture.read(), self.resolution)
         except OSError as error:
             raise UserError(
                 f"{picture.name} was whole when the run started and cannot be read any more ({error}): put it back and "
@@ -132,16 +141,16 @@ class Check:
     pixels: Tensor | None
 
 
-def _checked(pictures: Sequence[Picture], resolution: int | None) -> Iterator[Check | None]:
+def _checked(pictures: Sequence[Picture], resolution: int, kept: bool) -> Iterator[Check | None]:
     """What decoding each picture came to, in their order; None for a damaged one."""
 
     def check(picture: Picture) -> Check | None:
         try:
             content = picture.read()
-            image = decoded(content)
+            pixels = pixels_of(content, resolution)
         except OSError:
             return None
-        return Check(checksum(content), fitted(image, resolution) if resolution else None)
+        return Check(checksum(content), pixels if kept else None)
 
     quiet = len(pictures) < MANY
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,17 @@ def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png", exif=exif)
     made = FolderSource(tmp_path, 8, seed=1).images(torch.arange(1))
     assert made[0, 0, 0, 0] == -1 and made[0, 0, 7, 0] == 1
+
+
+def test_a_jpeg_of_many_pixels_is_decoded_smaller_and_looks_the_same() -> None:
+    """Of waves of 64 pixels: at most 2 of 255 levels from the average over each 8 x 8."""
+    waves = (torch.arange(256) * torch.pi / 32).sin() * 100 + 128
+    image = waves[:, None].expand(256, 256).clone()
+    file = io.BytesIO()
+    Image.fromarray(image.byte().numpy()).save(file, "JPEG", quality=100)
+    made = pictures.pixels_of(file.getvalue(), 32).float()
+    expected = torch.nn.functional.interpolate(image[None, None], size=(32, 32), mode="bilinear", antialias=True)
+    assert (made - expected[0]).abs().max() < 2
 
 
 @pytest.mark.parametrize("memory", [pictures.MEMORY, 0])

@@ -145,10 +145,10 @@ def test_a_later_stage_reads_the_file_of_the_one_before(given: list[str], tmp_pa
     """Unless what decides the latents is another: then it has its own."""
     stages = "stages=[{},{start: {generator: previous.generator}}]"
     same = play(given, tmp_path / "same", stages, "steps=1")
-    assert [file.parent.name for file in same.rglob("latents_*.safetensors")] == ["stage_1"]
+    assert [file.parents[1].name for file in same.rglob("latents_*/*.safetensors")] == ["stage_1"]
     other = play(given, tmp_path / "other", stages, "steps=1", "stage_2.data.seed=5")
-    files = sorted(other.rglob("latents_*.safetensors"))
-    assert [file.parent.name for file in files] == ["stage_1", "stage_2"]
+    files = sorted(other.rglob("latents_*/*.safetensors"))
+    assert [file.parents[1].name for file in files] == ["stage_1", "stage_2"]
     first, second = (load_file(file)["x0"] for file in files)
     assert not torch.equal(first, second)  # another seed of the folder's order
     assert torch.equal(*(kept.flatten(1).sort(0).values for kept in (first, second)))
@@ -162,7 +162,7 @@ def test_resumed_in_the_second_epoch_is_bit_exact(lost: bool, given: list[str], 
     expected = checkpoint.sha256(end / "state.safetensors")
     end.rename(tmp_path / "gone")
     if lost:
-        (run / f"latents_{COUNT}_seed1.safetensors").unlink()
+        (run / f"latents_{COUNT}_seed1" / "shard-00000.safetensors").unlink()
     assert cli.main(["train", *given, "steps=6", "data.cache=0", "--resume", str(run)]) == 2
     assert cli.main(["train", *given, "steps=6", "--resume", str(run)]) == 0
     assert checkpoint.sha256(end / "state.safetensors") == expected

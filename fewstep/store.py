@@ -1,0 +1,140 @@
+"""Rows of tensors in a folder of safetensors shards, made shard by shard: a killed command goes on where it was.
+
+FOLDER/shard-00000.safetensors, .. and index.json: the recipe, the number of rows, and the SHA-256 of every finished
+shard. A shard is made whole from its own rows and never from what was made before it, and no file holds a date: however
+often the work was interrupted, the bytes are those of work that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.core.errors import UserError
+from fewstep.train import processes
+from fewstep.train.checkpoint import sha256, write_state, write_text
+
+INDEX = "index.json"
+
+Make = Callable[[Tensor, Callable[[int], object]], dict[str, Tensor]]
+
+
+class Sharded:
+    """A tensor (N, *S) in several files; rows are read from disk when they are picked."""
+
+    def __init__(self, parts: Sequence[Tensor]):
+        self.parts, self.shape = parts, torch.Size((sum(map(len, parts)), *parts[0].shape[1:]))
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """The rows (B, *S) of `rows` (B,); every shard but the last has as many as the first."""
+        each = len(self.parts[0])
+        return torch.stack([self.parts[row // each][row % each] for row in rows.tolist()])
+
+
+@dataclass(frozen=True)
+class Store:
+    """`count` rows in `folder`, `rows` of them a shard, by `recipe`: JSON of everything that decides what they are."""
+
+    folder: Path
+    recipe: str
+    count: int
+    rows: int
+
+    def names(self) -> list[str]:
+        return [f"shard-{number:05d}.safetensors" for number in range(-(-self.count // self.rows))]
+
+    def index(self) -> dict[str, Any] | None:
+        """What is known of the folder, None where nothing can be."""
+        try:
+            index = json.loads((self.folder / INDEX).read_text())
+        except (OSError, ValueError):
+            return None
+        return index if isinstance(index, dict) and {"recipe", "count", "shards"} <= index.keys() else None
+
+    def ours(self) -> bool:
+        """Whether what lies in the folder, finished or not, was made by this recipe."""
+        index = self.index()
+        return index is not None and index["recipe"] == json.loads(self.recipe) and index["count"] == self.count
+
+    def finished(self) -> bool:
+        """Whether all shards are there; that their bytes are those that were written is looked at by `fill`."""
+        if not self.ours() or sorted(self.index()["shards"]) != self.names():  # type: ignore[index]
+            return False
+        try:
+            self.shards()
+        except (OSError, SafetensorError):
+            return False
+        return True
+
+    def fill(self, make: Make, progress: Callable[[int], object]) -> None:
+        """Makes what is missing; `make(rows, progress)` gives the tensors of consecutive rows and tells its progress.
+
+        All processes make them together, for each may hold only a part of a teacher; the leader writes them.
+        Finished shards whose bytes are not what was written are made again, and all where the recipe was another.
+        Raises UserError where the folder cannot be written.
+        """
+        whole = processes.from_leader(self._whole)
+        try:
+            self._write_index(whole)
+            for name, rows in zip(self.names(), torch.arange(self.count).split(self.rows), strict=True):
+                if name in whole:
+                    progress(len(rows))
+                    continue
+                whole[name] = self._write(name, make(rows, progress))
+                self._write_index(whole)
+            processes.wait()
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} could not be written ({error.strerror or error}): make room and start the same "
+                f"command again, {len(whole)} of {len(self.names())} shards are finished and stay"
+            ) from None
+
+    def _whole(self) -> dict[str, str]:
+        """Name -> SHA-256 of the finished shards that hold what was written."""
+        known = self.index()["shards"] if self.ours() else {}  # type: ignore[index]
+        files = {name: self.folder / name for name in self.names() if name in known}
+        return {name: known[name] for name, file in files.items() if file.is_file() and sha256(file) == known[name]}
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> str:
+        if not processes.leads():
+            return ""
+        aside = self.folder / f"{name}.partial"
+        write_state(aside, tensors)
+        digest = sha256(aside)
+        os.replace(aside, self.folder / name)
+        return digest
+
+    def _write_index(self, shards: dict[str, str]) -> None:
+        if not processes.leads():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        index = {"recipe": json.loads(self.recipe), "count": self.count, "shards": shards}
+        aside = self.folder / f"{INDEX}.partial"
+        write_text(aside, json.dumps(index, indent=1, sort_keys=True) + "\n")
+        os.replace(aside, self.folder / INDEX)
+
+    def shards(self) -> list[dict[str, Tensor]]:
+        """The tensors of each shard, mapped: they are read from disk where they are looked at."""
+        return [load_file(self.folder / name) for name in self.names()]
+
+    def tensors(self) -> dict[str, Sharded]:
+        shards = self.shards()
+        return {name: Sharded([shard[name] for shard in shards]) for name in shards[0]}
+
+    def read(self) -> dict[str, Tensor]:
+        """All rows in memory."""
+        shards = self.shards()
+        return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
