@@ -10,8 +10,11 @@ from fewstep.report.measures import Json, best, columns_of, measure_of, shown
 _ARROWS = {"lower": "↓", "higher": "↑"}
 
 
-def result(table: Json | None, own: Collection[int] | None = None) -> Html:
-    """A line for each measure, a column for each model; `own` are the students, by default the last of several."""
+def result(table: Json | None, own: Collection[int] | None = None, ranked: bool = True) -> Html:
+    """A line for each measure, a column for each model; `own` are the students, by default the last of several.
+
+    Of several students the best of each line is marked, where they are `ranked`.
+    """
     if table is None:
         return Html("")
     rows = table["rows"]
@@ -20,7 +23,11 @@ def result(table: Json | None, own: Collection[int] | None = None) -> Html:
     lines = []
     for column in columns_of(table):
         values = [row.get(column) for row in rows]
-        winners = {students[i] for i in best(column, [values[k] for k in students])} if len(students) > 1 else set()
+        winners = (
+            {students[i] for i in best(column, [values[k] for k in students])}
+            if ranked and len(students) > 1
+            else set()
+        )
         cells = [_cell(shown(column, value), i in own, i in winners) for i, value in enumerate(values)]
         lines.append(tag("tr", _name(column), *cells))
     head = [tag("th", str(row["name"]), scope="col", class_="own" if i in own else None) for i, row in enumerate(rows)]
@@ -35,7 +42,7 @@ def _cell(value: str, own: bool, winner: bool) -> Html:
 def _name(column: str) -> Html:
     measure = measure_of(column)
     arrow = _ARROWS.get(measure.better)
-    mark = [Html(" "), tag("i", arrow, title=f"{measure.better} is better")] if arrow else []
+    mark = ["\u00a0", tag("i", arrow, title=f"{measure.better} is better")] if arrow else []
     return tag("th", measure.name, *mark, tag("small", measure.meaning) if measure.meaning else "", scope="row")
 
 

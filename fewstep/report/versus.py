@@ -81,7 +81,9 @@ def _result(runs: Runs) -> Html:
         return Html("")
     columns = list(dict.fromkeys(column for table in tabled.values() for column in table.get("columns", [])))
     merged = {"columns": columns, "rows": _told_apart(others) + students}
-    return joined([tables.result(merged, range(len(others), len(merged["rows"]))), _protocols(tabled)])
+    students_at = range(len(others), len(merged["rows"]))
+    said, alike = _protocols(tabled)
+    return joined([tables.result(merged, students_at, ranked=alike), said])
 
 
 def _same(row: Json) -> dict[str, str]:
@@ -89,15 +91,16 @@ def _same(row: Json) -> dict[str, str]:
     return {key: shown(key, value) for key, value in row.items() if key not in ("images_per_second", "rare")}
 
 
-def _protocols(tabled: Mapping[str, Json]) -> Html:
-    """The protocol of all; or those of each, with a warning."""
+def _protocols(tabled: Mapping[str, Json]) -> tuple[Html, bool]:
+    """The protocol of all, or those of each with a warning; and whether it is the same."""
     by: dict[str, list[str]] = {}
     for name, table in tabled.items():
         by.setdefault(str(table.get("protocol") or "not recorded"), []).append(name)
     if len(by) == 1:
-        return tag("p", f"Protocol: {next(iter(by))}.", class_="soft")
+        return tag("p", f"Protocol: {next(iter(by))}.", class_="soft"), True
     warning = notes(["These runs were measured by different protocols: their numbers do not compare."])
-    return joined([warning, *(tag("p", f"{', '.join(names)}: {said}.", class_="soft") for said, names in by.items())])
+    each = [tag("p", f"{', '.join(names)}: {said}.", class_="soft") for said, names in by.items()]
+    return joined([warning, *each]), False
 
 
 def _told_apart(rows: Sequence[Json]) -> list[Json]:
@@ -140,18 +143,39 @@ def _alike(one: Path, other: Path) -> bool:
 
 
 def _differences(runs: Runs) -> Html:
-    """The keys of the configs that are not the same everywhere."""
-    flat = [_flat(_staged(run.configs)) for run in runs.values()]
-    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if len({one.get(key) for one in flat}) > 1]
-    if not keys:
-        return tag("p", "Nothing in their configs.") if all(flat) else Html("")
-    head = [tag("th", name, scope="col") for name in runs]
-    lines = [tag("tr", tag("th", key, scope="row"), *(tag("td", one.get(key, "-")) for one in flat)) for key in keys]
-    return tables.framed(head, lines, "keys")
+    """The keys of the configs that are not the same everywhere; those that only some configs know are folded away."""
+    flat = _keyed([run.configs for run in runs.values() if run.configs])
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key != "name"]
+    unlike = [key for key in keys if len({one.get(key) for one in flat}) > 1]
+    everywhere = [key for key in unlike if all(key in one for one in flat)]
+    rest = [key for key in unlike if key not in everywhere]
+    head = [tag("th", name, scope="col") for name, run in runs.items() if run.configs]
+
+    def table(keys: Sequence[str]) -> Html:
+        rows = [tag("tr", tag("th", key, scope="row"), *(tag("td", one.get(key, "-")) for one in flat)) for key in keys]
+        return tables.framed(head, rows, "keys")
+
+    more = tag("summary", f"{_keys(len(rest))} that only some of the configs know")
+    said = "" if unlike or len(flat) < len(runs) else tag("p", "Nothing in their configs.")
+    return joined([said, table(everywhere) if everywhere else "", tag("details", more, table(rest)) if rest else ""])
 
 
-def _staged(configs: Sequence[Json]) -> Json:
-    return configs[0] if len(configs) == 1 else {f"stage_{i + 1}": config for i, config in enumerate(configs)}
+def _keys(count: int) -> str:
+    return "1 key" if count == 1 else f"{count} keys"
+
+
+def _keyed(runs: Sequence[Sequence[Json]]) -> list[dict[str, str]]:
+    """For each run its dotted keys; one that some run's stages disagree on stands under every stage."""
+    staged = [[_flat(config) for config in configs] for configs in runs]
+    split = {key for flat in staged for one in flat for key in one if len({other.get(key) for other in flat}) > 1}
+    return [
+        {
+            f"stage_{i + 1}.{key}" if key in split else key: text
+            for i, one in enumerate(flat)
+            for key, text in one.items()
+        }
+        for flat in staged
+    ]
 
 
 def _flat(value: object, key: str = "") -> dict[str, str]:
