@@ -117,9 +117,14 @@ def report(args: argparse.Namespace) -> None:
     from fewstep import report as reporting
     from fewstep.train.rundir import RunDir
 
-    if not (Path(args.run) / "config.yaml").is_file() and not any(Path(args.run).glob("stage_*/config.yaml")):
-        raise UserError(f"there is no run folder {args.run}: give one that `fewstep train` has made")
-    print(f"report: {reporting.write_report(RunDir(Path(args.run)))}")
+    for run in map(Path, args.run):
+        if not (run / "config.yaml").is_file() and not any(run.glob("stage_*/config.yaml")):
+            raise UserError(f"there is no run folder {run}: give one that `fewstep train` has made")
+    folders, to = [RunDir(Path(run)) for run in args.run], Path(args.out) if args.out else None
+    if len(folders) == 1:
+        print(f"report: {reporting.write_report(folders[0], to)}")
+    else:
+        print(f"report: {reporting.write_comparison(folders, to or Path('comparison.html'))}")
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -218,8 +223,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     one.set_defaults(call=export)
 
-    one = commands.add_parser("report", help="write the self-contained page of a run again")
-    one.add_argument("run", help="a run folder")
+    one = commands.add_parser("report", help="write the self-contained page of a run again, or compare several")
+    one.add_argument("run", nargs="+", help="a run folder, or several to compare")
+    one.add_argument("--out", metavar="PAGE", help="default: <run>/report.html; of several runs comparison.html here")
     one.set_defaults(call=report)
 
     one = commands.add_parser("config", help="print a config with every default filled in")

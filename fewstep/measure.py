@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from fewstep.evals.attributes import label_accuracy, law_distance, rare_kept
 from fewstep.evals.captions import caption_accuracy
 from fewstep.evals.diversity import same_label_diversity
 from fewstep.evals.frechet import Statistics, frechet_distance
-from fewstep.evals.grid import save_grid
+from fewstep.evals.grid import picture, save_grid
 from fewstep.evals.neighbours import neighbours
 from fewstep.evals.reader import Reader, load_reader
 from fewstep.models import schedulers
@@ -34,13 +34,14 @@ from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.loading import DENOISERS, locate
 from fewstep.rollout import Rollout, transition
 from fewstep.train import processes
-from fewstep.train.checkpoint import sha256
+from fewstep.train.checkpoint import sha256, write_text
 
 GRID_SEED = 20_000
 SAMPLE_SEED = 30_000
 TRUTH_SAMPLES = 10_000
 TEACHER_STEPS = 50
 PROMPTS, EACH, TRUE_EACH = 50, 8, 40
+PAIRS = 24
 COLUMNS = (
     "frechet",
     "precision",
@@ -124,7 +125,10 @@ def save_student_grid(run: Run, path: Path, count: int = 48) -> None:
 
 
 def save_comparison(run: Run, path: Path, columns: int = 12) -> None:
-    """Two rows from the same noise and labels for each block: the teacher at 50 steps, the student below."""
+    """Two rows from the same noise and labels for each block: the teacher at 50 steps, the student below.
+
+    The first PAIRS of them also one by one, in a folder of the same name.
+    """
     count = 3 * columns
     above = made(run, *teacher(run, TEACHER_STEPS), count, GRID_SEED)
     below = made(run, *student(run), count, GRID_SEED)
@@ -132,6 +136,21 @@ def save_comparison(run: Run, path: Path, columns: int = 12) -> None:
     passes = len(run.rollout)
     names = [f"teacher, {TEACHER_STEPS} steps", f"student, {passes} step{'s' if passes > 1 else ''}"] * 3
     save_grid(torch.cat(rows), path, columns=columns, scale=5, row_labels=names)
+    asked = run.conditions.names(torch.arange(PAIRS))
+    save_pairs(path.with_suffix(""), {"teacher": (names[0], above), "student": (names[1], below)}, asked)
+
+
+def save_pairs(folder: Path, models: Mapping[str, tuple[str, Tensor]], asked: Sequence[str]) -> None:
+    """Single pictures of several models from the same noise, for the page, with what was asked for in pairs.json.
+
+    `models`: a short key -> a name for the reader and images (N, C, H, W) in [-1, 1], N at least that of `asked`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, (_, images) in models.items():
+        for i in range(len(asked)):
+            picture(images[i]).save(folder / f"{key}_{i:02d}.png")
+    told = {"names": {key: name for key, (name, _) in models.items()}, "asked": list(asked)}
+    write_text(folder / "pairs.json", json.dumps(told, indent=1))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep import build, measure
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
+from fewstep.evals.grid import picture
 from fewstep.export import CARD, load_run, read_card
 from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided
@@ -295,13 +296,6 @@ def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
         else:
             lines.append(word)
     return lines
-
-
-def picture(image: Tensor) -> Image.Image:
-    """One image (C, H, W) in [-1, 1], C = 1 or 3; of a video (C, T, H, W) its middle frame."""
-    image = image if image.ndim == 3 else image[:, image.shape[1] // 2]
-    values = ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    return Image.fromarray(values.permute(1, 2, 0).squeeze(-1).numpy())
 
 
 def writable(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Grids of images as PNG files."""
+"""Images as pictures, and grids of them as PNG files."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def save_grid(
     canvas.save(path, format="PNG")
 
 
+def picture(image: Tensor) -> Image.Image:
+    """One image (C, H, W) in [-1, 1], C = 1 or 3; of a video (C, T, H, W) its middle frame."""
+    image = image if image.ndim == 3 else image[:, image.shape[1] // 2]
+    return Image.fromarray(_bytes(image).permute(1, 2, 0).squeeze(-1).numpy())
+
+
 def _bytes(images: Tensor) -> Tensor:
-    """(N,3,H,W) uint8 on the CPU; -1 is 0 and 1 is 255."""
+    """Values as uint8 on the CPU; -1 is 0 and 1 is 255."""
     return ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

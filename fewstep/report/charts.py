@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 # Stand-ins that no chart would use by itself; each becomes a CSS variable.
 _INK, _RULE = "#010203", "#020304"
-_SERIES = ("#030401", "#030402", "#030403", "#030404", "#030405")
+_SERIES = tuple(f"#03040{i}" for i in range(1, 9))
 _VARIABLES = {_INK: "var(--soft)", _RULE: "var(--rule)"} | {c: f"var(--c{i + 1})" for i, c in enumerate(_SERIES)}
 SERIES = len(_SERIES)
 """the most lines a chart can tell apart"""
@@ -57,7 +57,7 @@ class Series:
 
 
 def chart(
-    series: Sequence[Series],
+    series: Sequence[Series | None],
     salt: str,
     log: bool = False,
     level: float | None = None,
@@ -65,7 +65,8 @@ def chart(
 ) -> str:
     """An SVG element: each series faint as it is and, over it, smoothed; at most SERIES of them.
 
-    `salt` is unique on the page. `level` is a dashed line. `exact` leaves the smoothing out.
+    A None leaves its colour to the same place in other charts. `salt` is unique on the page. `level` is a dashed line.
+    `exact` leaves the smoothing out.
     """
     figure = Figure(figsize=(3.7, 2.1), layout="constrained")
     figure.patch.set_alpha(0)
@@ -75,7 +76,7 @@ def chart(
             axes.set_yscale("log")
         shown: list[Array] = []
         for one, colour in zip(series, _SERIES, strict=False):
-            x, y = one.finite(log)
+            x, y = one.finite(log) if one else (np.empty(0), np.empty(0))
             if len(x):
                 shown.append(_line(axes, x, y, colour, log, exact))
         if level is not None:
