@@ -24,6 +24,7 @@ from fewstep.core.prediction import Kind
 from fewstep.core.schedule import NoiseSchedule
 from fewstep.data.base import checksum
 from fewstep.data.loader import Loader
+from fewstep.data.pictures import Pictures
 from fewstep.data.source import PromptSource, Source, open_source
 from fewstep.models import attention, loading, offload, schedulers, shaped
 from fewstep.models.backbone import Backbone, Guided, Routed
@@ -287,8 +288,8 @@ def _check_cache(config: Config, teacher: Teacher, source: Source) -> None:
 def conditions_of(teacher: Teacher, source: Source, resolution: int) -> Conditions:
     """What the networks are told of the samples of `source`."""
     if teacher.codec is not None:
-        if isinstance(source, PromptSource):
-            teacher.codec.refuse_long(source.prompts)
+        if isinstance(source, PromptSource | Pictures):
+            teacher.codec.refuse_long(list(dict.fromkeys(source.captions(torch.arange(source.epoch or 0)))))
         return Prompts(teacher.codec, source, (resolution, resolution))
     backbone = teacher.backbone()
     return Labels(source, heard=backbone.family.classes(backbone.net) is not None)
@@ -370,12 +371,22 @@ def _refuse_execution(config: Config, teacher: Teacher, role: str, how: Executio
     own = config.model.roles.get(role)
     where = "model.attention" if own is None or own.attention is None else f"model.roles.{role}.attention"
     attention.refuse(teacher.net, how.attention, "cuda" if gpu else "cpu", how.dtype, f"{where}={how.attention}")
+    if gpu and torch.cuda.is_available():
+        _refuse_gpu(teacher, how, f"{where}={how.attention}")
     if how.offload and not gpu:
         raise UserError(f"model.roles.{role}.offload brings weights to a GPU, but this run is on the CPU: remove it")
     if how.offload and processes.size() > 1:
         raise UserError(f"model.roles.{role}.offload is for one process; several share the weights out: remove it")
     if how.offload and any(player.lora is not None for player in config.players.values()):
         raise UserError(f"model.roles.{role}.offload: adapters learn on this network, it has to stay: remove it")
+
+
+def _refuse_gpu(teacher: Teacher, how: Execution, attended: str) -> None:
+    """Raises UserError for what this very GPU cannot do."""
+    name = torch.cuda.get_device_name()
+    if how.dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"precision=bf16 needs a GPU that computes in bfloat16, which {name} does not: set it to fp32")
+    attention.try_out(teacher.net, how.attention, torch.device("cuda"), how.dtype, attended)
 
 
 def build(config: Config, previous: Path | None = None, idle: tuple[str, ...] = ()) -> Run:

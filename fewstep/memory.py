@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewstep import build
 from fewstep.build import Run
 from fewstep.core.batch import Batch
+from fewstep.models.offload import is_offloaded
 from fewstep.models.passes import networks_of
 from fewstep.train.live_bytes import GATHERED, REST, LiveBytes
 from fewstep.train.loop import train
@@ -102,7 +103,9 @@ def _owners(run: Run) -> dict[Tensor, Part]:
     owned += [(name, "followers", module) for name, module in followers]
     if run.teacher.codec is not None:
         owned.append(("codec", "weights", run.teacher.codec))
-    return {t: Part(role, kind, t in inside) for role, kind, m in owned for t in chain(m.parameters(), m.buffers())}
+    held = ((role, kind, t) for role, kind, m in owned for t in chain(m.parameters(), m.buffers()))
+    away = {t for net in networks_of(*nets) if is_offloaded(net) for t in chain(net.parameters(), net.buffers())}
+    return {t: Part(role, kind, t in inside) for role, kind, t in held if t not in away}
 
 
 def _name_moments(player: Player, owners: dict[Tensor, Part], live: LiveBytes) -> None:

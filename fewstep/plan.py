@@ -22,6 +22,7 @@ from fewstep.core.errors import UserError
 from fewstep.data.source import Source, open_source
 from fewstep.latents import Latents
 from fewstep.memory import KINDS, Account, Part, account
+from fewstep.models.attention import Attention
 from fewstep.models.codec import Codec, open_codec
 from fewstep.models.fake import Fake, become_fake
 from fewstep.models.lora import LoraSpec
@@ -285,9 +286,22 @@ def table(found: Account) -> list[str]:
     return [*aligned(rows), "", *aligned(peaks)]
 
 
+def planned(config: Config) -> Config:
+    """The config with attention by torch's own choice, unless it is math, which writes its scores down."""
+    model = config.model
+    roles = {role: replace(own, attention=own.attention and _held(own.attention)) for role, own in model.roles.items()}
+    return replace(config, model=replace(model, attention=_held(model.attention), roles=roles))
+
+
+def _held(kernel: Attention) -> Attention:
+    return kernel if kernel == "math" else "sdpa"
+
+
 def lines(config: Config, gpus: int, limit: int | None) -> Iterator[str]:
     """The plan of one stage."""
-    setting = Setting(config, gpus)
+    setting = Setting(planned(config), gpus)
+    if setting.config != config:
+        yield "attention is planned as sdpa: kernels hold as much as torch's own, and need a GPU that may not be here"
     found, run = foresee(setting)
     where = "one GPU" if gpus == 1 else f"each of {gpus} GPUs"
     yield f"objective {config.objective.name}, batch {config.batch} in {config.micro_batches} part(s), on {where}"  # type: ignore[attr-defined]

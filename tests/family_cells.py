@@ -248,7 +248,7 @@ def attending(kernel: attention.Attention) -> Cell:
         except UserError as reason:
             return f"{REFUSED}: {reason}"
         attention.use(net, kernel)
-        assert f"attention {kernel} in" in attention.describe(net)
+        assert f"attention {kernel} " in attention.describe(net, torch.float32)
         distance = apart(asked(), expected)
         assert distance < 1e-5, distance
         return figure(distance)

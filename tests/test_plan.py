@@ -212,3 +212,25 @@ def test_sizes_are_read() -> None:
     assert plan.shown(3 * 2**19) == "1.5 MB" and plan.shown(24 * 2**30) == "24.0 GB" and plan.shown(0) == "-"
     with pytest.raises(UserError):
         plan.size("-1GB")
+
+
+def test_kernels_are_planned_as_torchs_own(tiny_teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the GPU that they need is not at hand."""
+    given = ["plan", "configs/scenes/dmd2.yaml", f"model.teacher={tiny_teacher}", "batch=2"]
+    assert cli.main(given) == 0
+    plain = capsys.readouterr().out.splitlines()
+    assert cli.main([*given, "model.attention=flash", "model.roles.generator.attention=xformers"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "attention is planned as sdpa" in said[1] and [said[0], *said[2:]] == plain
+
+
+def test_an_offloaded_teacher_is_not_counted(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for its visits; that a GPU is needed for it is passed over here."""
+    monkeypatch.setattr(build, "_refuse_execution", lambda *given: None)
+    given = [f"model.teacher={tiny_teacher}", "batch=2"]
+    plain, away = (
+        plan.foresee(plan.Setting(config.load("configs/scenes/dmd2.yaml", [*given, *more])[0]))[0]
+        for more in ([], ["model.roles.real_score.offload=true"])
+    )
+    assert plain.of_kind("weights", role="real_score") > 0 == away.of_kind("weights", role="real_score")
+    assert plain.of_kind("weights", role="generator") == away.of_kind("weights", role="generator")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.core.errors import UserError
 
@@ -135,6 +136,41 @@ def refuse(net: nn.Module, kernel: Attention, device: str, dtype: torch.dtype, w
         raise UserError(f"{what} cannot do heads of {wrong[0]} channels ({_LIMITS[kernel]}): use sdpa or math")
 
 
+def try_out(net: nn.Module, kernel: Attention, device: torch.device, dtype: torch.dtype, what: str) -> None:
+    """Runs `kernel` once on a few tokens of `net`'s heads, forwards and backwards. Raises UserError where it fails."""
+    for size in {module.inner_dim // module.heads for module in _modules(net)} if kernel in KERNELS else ():
+        tokens = torch.randn(1, 2, 16, size, device=device, dtype=dtype, requires_grad=True)
+        try:
+            KERNELS[kernel](tokens, tokens, tokens).sum().backward()
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
+            raise UserError(f"{what} does not run here with heads of {size} channels ({reason}): use sdpa") from None
+
+
+_PICKED = {"flash": "flash", "efficient": "efficient", "cudnn": "cudnn", "_math": "math"}
+
+
+class _Seen(TorchDispatchMode):
+    """Notes the attention operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def picked(size: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that torch takes by itself for heads of `size` channels: flash, efficient, cudnn or math."""
+    tokens = torch.randn(1, 2, 16, size, device=device, dtype=dtype, requires_grad=True)
+    with _Seen() as seen:
+        F.scaled_dot_product_attention(tokens, tokens, tokens)
+    operators = [name for name in seen.names if "scaled_dot_product" in name]
+    return next((kind for mark, kind in _PICKED.items() if any(mark in name for name in operators)), "math")
+
+
 _LIMITS = {"flash": "at most 256", "xformers": "a multiple of 8", "flex": "at least 16"}
 
 
@@ -142,7 +178,16 @@ def _fits(kernel: str, size: int) -> bool:
     return {"flash": size <= 256, "xformers": size % 8 == 0, "flex": size >= 16}.get(kernel, True)
 
 
-def describe(net: nn.Module) -> str:
-    """The kernels that compute the attention of `net`, and in how many modules."""
-    kernels = Counter(getattr(module.processor, "kernel", "sdpa") for module in _modules(net))
+def describe(net: nn.Module, dtype: torch.dtype) -> str:
+    """The kernels that compute the attention of `net` in `dtype`, and in how many modules; of sdpa what torch takes."""
+    device = next(net.parameters()).device
+    kernels: Counter[str] = Counter()
+    for module in _modules(net):
+        kernel = getattr(module.processor, "kernel", "sdpa")
+        taken = "" if kernel != "sdpa" or device.type == "meta" else _taken(module, device, dtype)
+        kernels[kernel + taken] += 1
     return ", ".join(f"attention {name} in {count} modules" for name, count in kernels.items()) or "no attention"
+
+
+def _taken(module: Any, device: torch.device, dtype: torch.dtype) -> str:
+    return f" ({picked(module.inner_dim // module.heads, device, dtype)})" if hasattr(module, "inner_dim") else ""

@@ -122,7 +122,7 @@ class Codec(nn.Module):
                 if (count := len(tokenizer(prompt, truncation=False, verbose=False).input_ids)) > limit:
                     raise UserError(
                         f"the prompt '{prompt[:40]}...' has {count} tokens, but this model reads {limit}, its marks "
-                        "included: shorten it, or have it truncated"
+                        "included: shorten it"
                     )
 
     def _statistics(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

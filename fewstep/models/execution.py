@@ -90,7 +90,7 @@ def describe(net: nn.Module) -> str:
     weights = {str(p.dtype).removeprefix("torch.") for name, p in net.named_parameters() if ".lora_" not in name}
     computes = str(precision.dtype_of(net)).removeprefix("torch.")
     parts = [
-        attention.describe(net),
+        attention.describe(net, precision.dtype_of(net)),
         f"computes in {computes} with {' and '.join(sorted(weights))} weights",
         "checkpointing" if getattr(net, "is_gradient_checkpointing", False) else "",
         f"{compiled} blocks compiled" if compiled else "",

@@ -25,7 +25,7 @@ def offload(net: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -
     _pin(net, device)
     for unit, holders in [*((block, list(block.modules())) for block in blocks), *((one, [one]) for one in layers)]:
         visit = _Visit([holder for holder in holders if _tensors(holder)], device)
-        unit.register_forward_pre_hook(visit.begin)
+        unit.register_forward_pre_hook(visit.begin, with_kwargs=True)
         unit.register_forward_hook(visit.end, always_call=True)
     setattr(net, _AWAY, True)
 
@@ -57,15 +57,19 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class _Visit:
-    """Swaps the tensors of `holders` for copies on `device`, and back; the parameters themselves never change."""
+    """Swaps the tensors of `holders` for copies where the inputs are, and back; parameters themselves never change.
+
+    Without inputs the copies are on `device`.
+    """
 
     def __init__(self, holders: list[nn.Module], device: torch.device):
         self.holders, self.device = holders, device
         self.home: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def begin(self, module: nn.Module, args: Any) -> None:
+    def begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        device = next((v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), self.device)
         tables = [table for holder in self.holders for table in (holder._parameters, holder._buffers)]
-        away = [{k: v if v is None else _copied(v, self.device) for k, v in table.items()} for table in tables]
+        away = [{k: v if v is None else _copied(v, device) for k, v in table.items()} for table in tables]
         self.home = [(table, dict(table)) for table in tables]
         for table, there in zip(tables, away, strict=True):
             table.update(there)

@@ -171,7 +171,8 @@ def test_a_copy_keeps_the_kernel_and_sdpa_takes_it_back() -> None:
     attention.use(backbone.net, "sdpa")
     assert operators(lambda: twin(x, T, cond)) == []
     assert ON_CPU in operators(lambda: backbone(x, T, cond))
-    assert "math" in attention.describe(twin.net) and "sdpa" in attention.describe(backbone.net)
+    said = [attention.describe(net, torch.float32) for net in (twin.net, backbone.net)]
+    assert "math in" in said[0] and "sdpa (flash) in" in said[1]
 
 
 DMD2 = "configs/scenes/dmd2.yaml"
@@ -191,11 +192,42 @@ def test_roles_differ(tiny_teacher: Path) -> None:
             net = getattr(run.triad, role)
             seen[role] = set(operators(lambda: net(batch.noise, torch.ones(2), batch.cond)))  # noqa: B023
     assert seen == {"generator": set(), "real_score": {ON_CPU}, "fake_score": {ON_CPU}}
-    assert {role: attention.describe(net) for role, net in networks(run).items()} == {
+    assert {role: attention.describe(net, torch.float32) for role, net in networks(run).items()} == {
         "generator": "attention math in 4 modules",
-        "real_score": "attention sdpa in 4 modules",
-        "fake_score": "attention sdpa in 4 modules",
+        "real_score": "attention sdpa (flash) in 4 modules",
+        "fake_score": "attention sdpa (flash) in 4 modules",
     }
+
+
+def test_what_torch_picks_is_what_it_runs() -> None:
+    """On the CPU its flash kernel, unless that is forbidden."""
+    device = torch.device("cpu")
+    assert attention.picked(8, device, torch.float32) == "flash"
+    with attention.sdpa_kernel(attention.SDPBackend.MATH):
+        assert attention.picked(8, device, torch.float32) == "math"
+
+
+def test_a_kernel_that_does_not_run_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, device = ask("sd3")[0].net, torch.device("cpu")
+
+    def broken(*tokens: torch.Tensor) -> torch.Tensor:
+        raise ImportError("no operator found for this GPU\nand a page more")
+
+    attention.try_out(net, "math", device, torch.float32, "model.attention=math")
+    monkeypatch.setitem(attention.KERNELS, "xformers", broken)
+    with pytest.raises(UserError, match=r"attention=xformers does not run here .*no operator found for this GPU\)"):
+        attention.try_out(net, "xformers", device, torch.float32, "model.attention=xformers")
+
+
+def test_a_gpu_without_bfloat16_is_named(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for a card that is not here: its answers are put into torch's mouth."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "an old card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(build, "pick_device", lambda name: torch.device("cpu"))
+    given = [f"model.teacher={tiny_teacher}", "model.precision=bf16", "device=cuda", "batch=2"]
+    with pytest.raises(UserError, match="computes in bfloat16, which an old card does not: set it to fp32"):
+        build.build(config.load(DMD2, given)[0])
 
 
 @pytest.mark.parametrize(
