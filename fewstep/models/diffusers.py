@@ -138,12 +138,14 @@ class DiffusersBackbone(Backbone):
         unconditional: Condition | None = None,
     ):
         super().__init__()
-        name = type(net).__name__
-        if name not in FAMILIES:
+        # A sharded network is of a class made from its own.
+        names = [kind.__name__ for kind in type(net).__mro__ if kind.__name__ in FAMILIES]
+        if not names:
+            name = type(net).__name__
             raise ValueError(f"no row for {name} in the table of families: it has {', '.join(sorted(FAMILIES))}")
         self.net, self.schedule, self.kind = net, schedule, kind
         self.null_label, self.unconditional = null_label, unconditional
-        self.family = FAMILIES[name]
+        self.family = FAMILIES[names[0]]
         self.dials = nn.ModuleDict()
 
     def fused(self) -> DiffusersBackbone:

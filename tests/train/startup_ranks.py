@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep import config, memory, runner, sharded
+from fewstep import build, config, memory, runner, sharded
 from fewstep.build import Run
+from fewstep.memory import Account
 from fewstep.models.passes import networks_of
 from fewstep.train import checkpoint, parallel, processes
 from fewstep.train.live_bytes import GATHERED, REST, LiveBytes
@@ -51,7 +52,20 @@ def held(run: Run) -> int:
 def answer(run: Run) -> Tensor:
     """What the teacher says of two states of this run."""
     x = torch.linspace(-1, 1, 2 * math.prod(run.shape)).reshape(2, *run.shape)
-    return run.guided()(x, torch.tensor([0.9, 0.4]), run.conditions.of(torch.arange(2))).value
+    return run.guided()(x, torch.tensor([0.9, 0.4]), run.conditions.of(torch.arange(2))).value.contiguous()
+
+
+def pairs(run: Run, folder: Path) -> Tensor:
+    """The teacher's samples, made by all processes and read by each."""
+    with processes.leader_first():
+        folder.mkdir(exist_ok=True)
+    build.prepare(run, folder, None)
+    made = run.pairs
+    assert made is not None
+    again = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    build.prepare(run, folder, None)
+    assert len(again) == 1 and again == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    return made.x0
 
 
 class Held(LiveBytes):
@@ -65,13 +79,23 @@ class Held(LiveBytes):
         return sizes.total() - sizes[self.rest]
 
 
+def parts_of(found: Account) -> dict[str, int]:
+    """The most that each role ever had of each kind, without what passes."""
+    most: Counter[str] = Counter()
+    for part, size in found.most.items():
+        if part.kind not in PASSING:
+            most[f"{part.role}/{part.kind}"] += size
+    return dict(+most)
+
+
 def train(run: Run) -> dict[str, dict[str, int]]:
     """Bytes of each part and role, and of each kind at the peak of each turn, in four steps."""
     memory.LiveBytes = Held
     found = memory.account(run, range(4))
-    parts = {f"{part.role}/{part.kind}": size for part, size in found.most.items() if part.kind not in PASSING}
     kinds = [kind for kind in memory.KINDS if kind != REST]
-    return {"parts": parts} | {turn: {kind: found.of_kind(kind, turn) for kind in kinds} for turn in found.turns}
+    return {"parts": parts_of(found)} | {
+        turn: {kind: found.of_kind(kind, turn) for kind in kinds} for turn in found.turns
+    }
 
 
 def start(file: Path) -> dict[str, Any]:
@@ -87,6 +111,8 @@ def start(file: Path) -> dict[str, Any]:
     everything = whole(run)
     if file.stem.startswith("low"):
         everything["answer"] = answer(run)
+    if file.stem == "pairs":
+        everything["answer"] = pairs(run, file.parent / "pairs")
     if processes.leads():
         save_file(everything, file.with_suffix(".safetensors"))
     del everything
