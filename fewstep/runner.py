@@ -17,6 +17,7 @@ from fewstep import measure
 from fewstep.build import Run
 from fewstep.config import Config, differences, to_yaml
 from fewstep.core.errors import UserError
+from fewstep.store import INDEX
 from fewstep.train import checkpoint, parallel, processes
 from fewstep.train.checkpoint import write_text
 from fewstep.train.loop import Logs, train
@@ -160,8 +161,7 @@ def check_resumed(config: Config, root: Path) -> None:
 
 def play_stage(config: Config, root: Path, previous: Path | None, resume: Path | None) -> Run:
     """Trains one stage in the folder `root`, from the checkpoint `resume` where given."""
-    if resume is not None:
-        check_resumed(config, root)
+    check_resumed(config, root)
     run = building.build(config, previous)
     if processes.leads():
         print("\n".join(building.executed(run)))
@@ -170,11 +170,9 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     with processes.leader_first():
         building.prepare(run, root, previous)
     parallel.distribute(run.objective, run.players, run.device)
-    done = 0
-    if resume is not None:
-        done = checkpoint.load(resume, run.players, run.objective)
-        for name in ("log.jsonl", "evals.jsonl"):
-            folder.truncate(name, done)
+    done = 0 if resume is None else checkpoint.load(resume, run.players, run.objective)
+    for name in ("log.jsonl", "evals.jsonl"):
+        folder.truncate(name, done)
     model = config.model
     teacher = {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
     folder.write_origin(to_yaml(config), teacher)
@@ -243,9 +241,10 @@ def whole(config: Config, place: Path) -> Run:
     return run
 
 
-def resume_point(where: Path, name: str) -> tuple[Path, Path]:
+def resume_point(where: Path, name: str) -> tuple[Path, Path | None]:
     """(run folder, checkpoint) for a run folder, a checkpoint, or a folder of runs whose newest `name` is meant.
 
+    The checkpoint is None where a run was stopped before its first one, while it made its pairs or latents.
     Raises UserError when there is nothing to resume.
     """
     if where.parent.name == "checkpoints" and where.is_dir():
@@ -255,6 +254,8 @@ def resume_point(where: Path, name: str) -> tuple[Path, Path]:
     saved = [checkpoint.available(stage / "checkpoints") for stage in stages]
     if found := [paths[-1] for paths in saved if paths]:
         return where, found[-1]
+    if any(any(stage.glob(f"*/{INDEX}")) for stage in stages):
+        return where, None
     runs = sorted((p for p in where.glob(f"*_{name}*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
     if runs:
         return resume_point(runs[-1], name)
