@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fewstep import conditions, latents, pairs
 from fewstep.conditions import Conditions, Labels, Prompts
-from fewstep.config import Config, differences
+from fewstep.config import Config
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
@@ -26,6 +25,7 @@ from fewstep.data.base import checksum
 from fewstep.data.loader import Loader
 from fewstep.data.pictures import Pictures
 from fewstep.data.source import PromptSource, Source, open_source
+from fewstep.made import Made, Progress, Tensors
 from fewstep.models import attention, loading, offload, schedulers, shaped
 from fewstep.models.backbone import Backbone, Guided, Routed
 from fewstep.models.codec import Codec, open_codec
@@ -584,33 +584,6 @@ def batches(run: Run) -> Callable[[int], list[Batch]]:
     return at
 
 
-Tensors = dict[str, torch.Tensor]
-Progress = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class Made:
-    """What is made before the first step, in the folder `name`: `count` rows, `rows` of them a shard."""
-
-    name: str
-    recipe: str
-    count: int
-    rows: int
-    unit: str
-    make: Callable[[torch.Tensor, Progress], Tensors]
-    take: Callable[[Store], None]
-    """gives the run what has been made"""
-
-    def store(self, place: Path) -> Store:
-        return Store(place / self.name, self.recipe, self.count, self.rows)
-
-    def fill(self, store: Store) -> None:
-        """Makes what is missing of it, as a bar shows."""
-        quiet = not processes.leads()
-        with tqdm(total=self.count, unit=self.unit, desc=self.name, dynamic_ncols=True, disable=quiet) as bar:
-            store.fill(self.make, bar.update)
-
-
 def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
     """Gives the run what must be there before the first step: the teacher's pairs and the latents, where it reads them.
 
@@ -620,43 +593,9 @@ def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
     """
     prepared = run.config.data.prepared
     for made in to_make(run, texts=prepared is not None):
-        made.take(_made(made, [root, previous]) if prepared is None else _prepared(made, Path(prepared)))
+        made.take(made.found_or_filled([root, previous]) if prepared is None else made.found(Path(prepared)))
     if run.teacher.codec is not None and "x0" in run.objective.reads:
         _check_scale(run)
-
-
-def _made(made: Made, places: Sequence[Path | None]) -> Store:
-    """The finished store in one of the folders `places`; it is made in the first where there is none."""
-    stores = [made.store(place) for place in places if place is not None]
-    found = processes.from_leader(lambda: [i for i, store in enumerate(stores) if store.finished()])
-    if found:
-        return stores[found[0]]
-    made.fill(stores[0])
-    return stores[0]
-
-
-def _prepared(made: Made, folder: Path) -> Store:
-    """The finished store in a folder of `fewstep prepare`. Raises UserError where it is not there."""
-    stores = [made.store(place) for place in (folder, *sorted(folder.glob("stage_*")))]
-    for store in stores:
-        if store.finished():
-            return store
-    for store in stores:
-        if store.ours():
-            raise UserError(f"{store.folder} is not finished: fewstep prepare with --out {folder} goes on where it was")
-    for store in stores:
-        refuse_other(store)
-    raise UserError(f"data.prepared={folder} has no {made.name}: make it by fewstep prepare with --out {folder}")
-
-
-def refuse_other(store: Store) -> None:
-    """Raises UserError where the folder of a store holds something that was made by other settings."""
-    if (index := store.index()) is not None and not store.ours():
-        wanted = {"recipe": json.loads(store.recipe), "count": store.count}
-        before = {name: index[name] for name in wanted}
-        changed = differences(*(json.dumps(settings) for settings in (before, wanted)))
-        said = "; ".join(changed.values()).replace("recipe.", "")
-        raise UserError(f"{store.folder} was made by other settings ({said}): use another folder, or delete it")
 
 
 def to_make(run: Run, texts: bool) -> list[Made]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewstep import build, config
+from fewstep.made import refuse_other
 from fewstep.runner import tell_skipped
 
 
@@ -26,7 +27,7 @@ def prepare(file: Path, overrides: Sequence[str], out: Path | None) -> None:
         new = [one for one in made if not any(one.store(before).finished() for before in earlier)]
         for one in new:
             store = one.store(place)
-            build.refuse_other(store)
+            refuse_other(store)
             one.fill(store)
         if new:
             tell_skipped(getattr(run.source, "skipped", {}), place)

@@ -20,6 +20,7 @@ from fewstep.core.errors import SaidOnce, UserError
 from fewstep.export import load_run
 from fewstep.hooks import Best, Hooks
 from fewstep.objectives import base as objectives
+from fewstep.store import INDEX
 from fewstep.train import checkpoint, processes
 from fewstep.train.checkpoint import write_text
 from fewstep.train.loop import Logs, train
@@ -187,8 +188,7 @@ def check_batch(config: Config) -> None:
 
 def play_stage(config: Config, root: Path, previous: Path | None, resume: Path | None) -> Run:
     """Trains one stage in the folder `root`, from the checkpoint `resume` where given."""
-    if resume is not None:
-        check_resumed(config, root)
+    check_resumed(config, root)
     run = (building if processes.size() == 1 else sharded).build(config, previous)
     hooks = Hooks(run)
     if processes.leads():
@@ -196,11 +196,9 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     folder = RunDir(root)
     folder.create()
     building.prepare(run, root, previous)
-    done = 0
-    if resume is not None:
-        done = checkpoint.load(resume, run.players, run.objective)
-        for name in ("log.jsonl", "evals.jsonl"):
-            folder.truncate(name, done)
+    done = 0 if resume is None else checkpoint.load(resume, run.players, run.objective)
+    for name in ("log.jsonl", "evals.jsonl"):
+        folder.truncate(name, done)
     model = config.model
     teacher = {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
     folder.write_origin(to_yaml(config), teacher)
@@ -276,9 +274,10 @@ def let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def resume_point(where: Path, name: str) -> tuple[Path, Path]:
+def resume_point(where: Path, name: str) -> tuple[Path, Path | None]:
     """(run folder, checkpoint) for a run folder, a checkpoint, or a folder of runs whose newest `name` is meant.
 
+    The checkpoint is None where a run was stopped before its first one, while it made its pairs or latents.
     Raises UserError when there is nothing to resume.
     """
     if where.parent.name == "checkpoints" and where.is_dir():
@@ -288,6 +287,8 @@ def resume_point(where: Path, name: str) -> tuple[Path, Path]:
     saved = [checkpoint.available(stage / "checkpoints") for stage in stages]
     if found := [paths[-1] for paths in saved if paths]:
         return where, found[-1]
+    if any(any(stage.glob(f"*/{INDEX}")) for stage in stages):
+        return where, None
     runs = sorted((p for p in where.glob(f"*_{name}*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
     if runs:
         return resume_point(runs[-1], name)

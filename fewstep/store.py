@@ -62,7 +62,10 @@ class Store:
             index = json.loads((self.folder / INDEX).read_text())
         except (OSError, ValueError):
             return None
-        return index if isinstance(index, dict) and {"recipe", "count", "shards"} <= index.keys() else None
+        whole = (
+            isinstance(index, dict) and {"recipe", "count"} <= index.keys() and isinstance(index.get("shards"), dict)
+        )
+        return index if whole else None
 
     def ours(self) -> bool:
         """Whether what lies in the folder, finished or not, was made by this recipe."""

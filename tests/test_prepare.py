@@ -195,6 +195,32 @@ def test_an_interrupted_start_of_a_run_goes_on(
     assert content(tmp_path) == expected
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_is_resumed(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its own folder, with the latents it has; a folder with nothing of a run is not."""
+    train, make, seen = ["train", *given, "objective.regression=0", f"--out={tmp_path}"], latents.make, []
+
+    def stopped(encode: object, images: object, rows: Tensor, progress: object) -> dict[str, Tensor]:
+        if rows[0] >= 8 and len(seen) == 2:
+            seen.append(-1)
+            raise KeyboardInterrupt
+        seen.append(int(rows[0]))
+        return make(encode, images, rows, progress)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(latents, "make", stopped)
+    assert cli.main(train) == 130
+    assert cli.main([*train, "--resume"]) == 0
+    assert seen == [0, 4, -1, 8, 12, 16]
+    (run,) = tmp_path.iterdir()
+    assert [checkpoint.verify(path)["step"] for path in checkpoint.available(run / "checkpoints")] == [3]
+    assert len((run / "log.jsonl").read_text().splitlines()) == 3
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    assert cli.main([*train, "--resume", str(tmp_path / "empty")]) == 2
+    assert "nothing to resume" in sentence(capsys)
+
+
 def test_a_folder_of_other_settings_is_refused(
     given: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
