@@ -42,9 +42,7 @@ def test_it_is_readable_without_running() -> None:
     assert not any(output["output_type"] == "error" for output in outputs)
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     printed = "".join("".join(output.get("text", [])) for output in outputs)
-    assert (
-        "student, 4 steps" in printed and "label_accuracy" in printed and "FlowMatchEulerDiscreteScheduler" in printed
-    )
+    assert "student, 4 steps" in printed and "label_accuracy" in printed and "ConsistencyModelPipeline" in printed
 
 
 def test_an_absent_run_is_one_sentence(tmp_path: Path) -> None:
