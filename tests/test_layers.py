@@ -37,6 +37,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.objectives.base",
         "fewstep.train",
     ),
+    "fewstep.report": ("fewstep.core", "fewstep.report", "fewstep.train.checkpoint", "fewstep.train.rundir"),
     "fewstep.config": (
         "fewstep.core",
         "fewstep.models.attention",

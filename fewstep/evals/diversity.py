@@ -14,18 +14,18 @@ def same_label_diversity(features: Tensor, labels: Tensor, truth: tuple[Tensor, 
     the result is the mean over labels of the ratio to truth, so 1 is as diverse as truth and 0 is collapse.
     Labels with fewer than two samples are left out; ValueError when none remains or truth lacks one.
     """
-    own = _spread(features, labels)
+    own = spread(features, labels)
     if not own:
         raise ValueError("No label has two samples, so there is no same-label diversity.")
     if truth is None:
         return sum(own.values()) / len(own)
-    true = _spread(*truth)
+    true = spread(*truth)
     if not own.keys() <= true.keys():
         raise ValueError(f"Truth lacks two samples of labels {sorted(own.keys() - true.keys())}.")
     return sum(own[label] / true[label] for label in own) / len(own)
 
 
-def _spread(features: Tensor, labels: Tensor) -> dict[int, float]:
-    """Mean pairwise distance within each label that has at least two samples."""
+def spread(features: Tensor, labels: Tensor) -> dict[int, float]:
+    """Mean pairwise distance of `features` (N,D) within each of `labels` (N,) that has at least two samples."""
     groups = {int(label): features[labels == label].double() for label in torch.unique(labels)}
     return {label: F.pdist(group).mean().item() for label, group in groups.items() if len(group) > 1}

@@ -17,7 +17,12 @@ _MARGIN = 6
 def save_grid(
     images: Tensor, path: Path | str, columns: int, scale: int = 4, row_labels: Sequence[str] | None = None
 ) -> None:
-    """Write images (N,3,H,W) in [-1,1] to a PNG with `columns` a row, each pixel `scale` wide.
+    """Writes `grid` to a PNG."""
+    grid(images, columns, scale, row_labels).save(path, format="PNG")
+
+
+def grid(images: Tensor, columns: int, scale: int = 4, row_labels: Sequence[str] | None = None) -> Image.Image:
+    """Images (N,3,H,W) in [-1,1] with `columns` a row, each pixel `scale` wide.
 
     Of videos (N,3,T,H,W) the middle frames are shown.
     `row_labels`, one for each row, are written to the left. ValueError when their number is wrong.
@@ -36,7 +41,7 @@ def save_grid(
     pen = ImageDraw.Draw(canvas)
     for row, text in enumerate(row_labels or ()):
         pen.text((_MARGIN // 2, (row + 0.5) * height), text, fill="black", anchor="lm")
-    canvas.save(path, format="PNG")
+    return canvas
 
 
 def picture(image: Tensor) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Small line charts as inline SVG whose colours are CSS variables, so that a page can be light or dark."""
+"""Small line charts: inline SVG whose colours are CSS variables, for a page light or dark; or one plain picture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+from PIL import Image
 
 Array = NDArray[np.float64]
 
@@ -22,6 +25,7 @@ Array = NDArray[np.float64]
 _INK, _RULE = "#010203", "#020304"
 _SERIES = tuple(f"#03040{i}" for i in range(1, 9))
 _VARIABLES = {_INK: "var(--soft)", _RULE: "var(--rule)"} | {c: f"var(--c{i + 1})" for i, c in enumerate(_SERIES)}
+_ON_WHITE = ("#0072b2", "#d55e00", "#009e73", "#a8558a", "#8a6d00", "#44479f", "#1f9bcf", "#6b6f76")
 SERIES = len(_SERIES)
 """the most lines a chart can tell apart"""
 
@@ -71,21 +75,52 @@ def chart(
     figure = Figure(figsize=(3.7, 2.1), layout="constrained")
     figure.patch.set_alpha(0)
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
-        axes = figure.subplots()
-        if log:
-            axes.set_yscale("log")
-        shown: list[Array] = []
-        for one, colour in zip(series, _SERIES, strict=False):
-            x, y = one.finite(log) if one else (np.empty(0), np.empty(0))
-            if len(x):
-                shown.append(_line(axes, x, y, colour, log, exact))
-        if level is not None:
-            axes.axhline(level, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
-            shown.append(np.array([level]))
-        _dress(axes, np.concatenate(shown) if shown else np.array([0.0, 1.0]), log)
+        _fill(figure.subplots(), series, _SERIES, log, level, exact)
         text = io.StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(text.getvalue())
+
+
+def sheet(
+    titles: Sequence[str], charts: Sequence[Sequence[Series | None]], log: Sequence[bool], columns: int = 3
+) -> Image.Image:
+    """One picture of several titled charts, `columns` a row; `log` says for each of them whether its axis is."""
+    rows = max(1, -(-len(charts) // columns))
+    figure = Figure(figsize=(3.7 * columns, 2.2 * rows), layout="constrained", dpi=96)
+    canvas = FigureCanvasAgg(figure)
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, title, series, logarithmic in zip(places, titles, charts, log, strict=False):
+        _fill(axes, series, _ON_WHITE, logarithmic)
+        axes.set_title(title, fontsize=9, loc="left")
+        named = [(Line2D([], [], color=c), one.name) for one, c in zip(series, _ON_WHITE, strict=False) if one]
+        if len(named) > 1:
+            axes.legend(*zip(*named, strict=True), fontsize=7, frameon=False)
+    for axes in places[len(charts) :]:
+        axes.set_axis_off()
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _fill(
+    axes: Axes,
+    series: Sequence[Series | None],
+    colours: Sequence[str],
+    log: bool = False,
+    level: float | None = None,
+    exact: bool = False,
+) -> None:
+    """Draws one chart."""
+    if log:
+        axes.set_yscale("log")
+    shown: list[Array] = []
+    for one, colour in zip(series, colours, strict=False):
+        x, y = one.finite(log) if one else (np.empty(0), np.empty(0))
+        if len(x):
+            shown.append(_line(axes, x, y, colour, log, exact))
+    if level is not None:
+        axes.axhline(level, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        shown.append(np.array([level]))
+    _dress(axes, np.concatenate(shown) if shown else np.array([0.0, 1.0]), log)
 
 
 def _line(axes: Axes, x: Array, y: Array, colour: str, log: bool, exact: bool) -> Array:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fewstep.report.charts import SERIES, Series, chart
+from PIL import Image
+
+from fewstep.report.charts import SERIES, Series, chart, sheet
 from fewstep.report.html import Html, joined, tag
 from fewstep.report.measures import Json, is_number, measure_of
 
@@ -77,6 +79,12 @@ def line(rows: Sequence[Json], key: str, name: str) -> Series | None:
 def of_one(plots: Sequence[Plot], rows: Sequence[Json], kind: str) -> Html:
     """The charts of one run; `kind` is unique on the page."""
     return _charts([(plot, [line(rows, key, name) for key, name in plot.lines.items()]) for plot in plots], kind)
+
+
+def as_picture(plots: Sequence[Plot], rows: Sequence[Json]) -> Image.Image:
+    """The charts of one run as one picture, for a place that shows no page."""
+    lines = [[line(rows, key, name) for key, name in plot.lines.items()] for plot in plots]
+    return sheet([plot.title for plot in plots], lines, [plot.log for plot in plots])
 
 
 def of_several(plots: Sequence[Plot], runs: Mapping[str, Sequence[Json]], kind: str) -> Html:
