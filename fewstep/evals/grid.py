@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 _GAP = 2
+_LARGEST = 320
 _LETTER = 7
 _MARGIN = 6
 
@@ -22,7 +23,7 @@ def save_grid(
 
 
 def grid(images: Tensor, columns: int, scale: int = 4, row_labels: Sequence[str] | None = None) -> Image.Image:
-    """Images (N,3,H,W) in [-1,1] with `columns` a row, each pixel `scale` wide.
+    """Images (N,3,H,W) in [-1,1] with `columns` a row, each pixel `scale` wide; none is shown larger than 320 pixels.
 
     Of videos (N,3,T,H,W) the middle frames are shown.
     `row_labels`, one for each row, are written to the left. ValueError when their number is wrong.
@@ -31,12 +32,14 @@ def grid(images: Tensor, columns: int, scale: int = 4, row_labels: Sequence[str]
     rows = -(-len(images) // columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"{rows} rows need {rows} labels, not {len(row_labels)}.")
-    height, width = (side * scale + _GAP for side in images.shape[-2:])
+    enlarged = min(scale, _LARGEST / max(images.shape[-2:]))
+    how = Image.Resampling.NEAREST if enlarged == scale else Image.Resampling.LANCZOS
+    height, width = (round(side * enlarged) + _GAP for side in images.shape[-2:])
     left = max(map(len, row_labels)) * _LETTER + _MARGIN if row_labels else 0
     canvas = Image.new("RGB", (left + columns * width + _GAP, rows * height + _GAP), "white")
     for index, image in enumerate(_bytes(images)):
         tile = Image.fromarray(image.permute(1, 2, 0).numpy())
-        tile = tile.resize((width - _GAP, height - _GAP), Image.Resampling.NEAREST)
+        tile = tile.resize((width - _GAP, height - _GAP), how)
         canvas.paste(tile, (left + index % columns * width + _GAP, index // columns * height + _GAP))
     pen = ImageDraw.Draw(canvas)
     for row, text in enumerate(row_labels or ()):

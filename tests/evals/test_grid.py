@@ -33,3 +33,10 @@ def test_row_labels_widen_the_grid(tmp_path: Path) -> None:
     assert (named[: plain.shape[0] // 2, :extra] < 128).any()
     with pytest.raises(ValueError, match="2 rows need 2 labels"):
         save_grid(images, tmp_path / "wrong.png", columns=2, row_labels=["one"])
+
+
+def test_large_images_are_shrunk_to_a_tile(tmp_path: Path) -> None:
+    """Twelve images of 1024 pixels would be twelve thousand wide."""
+    save_grid(torch.rand(2, 3, 1024, 512) * 2 - 1, tmp_path / "grid.png", columns=2)
+    with Image.open(tmp_path / "grid.png") as shown:
+        assert shown.size == (2 * (160 + 2) + 2, 320 + 2 + 2)
