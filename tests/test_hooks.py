@@ -12,6 +12,7 @@ from fewstep import cli, finish, metrics
 from fewstep.evals.extractors import sha256
 from fewstep.export import load_run
 from fewstep.hooks import Hooks
+from fewstep.models import tiny
 from tests.evals.test_extractors import Base
 
 CONFIG = """
@@ -124,3 +125,38 @@ def test_resumed_hooks_go_on_and_know_the_best(tiny_teacher: Path, inception: Pa
     assert cli.main([*command, f"--resume={parts}"]) == 0
     assert lines(parts)[6] == lines(whole)[6]
     assert (parts / "best.json").read_text() == (whole / "best.json").read_text()
+
+
+PROMPTED = """
+name: prompted
+steps: 2
+batch: 4
+model: {steps: 1}
+objective: {name: dmd2, ratio: 1, gan_weight: 0.0}
+players: {generator: {lr: 1.0e-3}, fake_score: {lr: 1.0e-3}}
+data: {source: captioned, resolution: 16}
+evals:
+  every: 0
+  samples: 0
+  hooks:
+    fid: {metric: frechet, extractor: inception, every: 1, samples: 24}
+    clip: {metric: clip_score, every: 1, samples: 24}
+  best: clip
+save: {every: 100, export: false}
+"""
+
+
+def test_a_prompted_run_logs_fid_and_clip_score_and_keeps_the_best(inception: Path, tmp_path: Path) -> None:
+    """With the built-in CLIP of scenes, which needs no path."""
+    (tmp_path / "prompted.yaml").write_text(PROMPTED)
+    tiny.make("sd15").save_pretrained(tmp_path / "teacher")
+    given = [f"model.teacher={tmp_path / 'teacher'}", f"evals.hooks.fid.weights={inception}"]
+    assert cli.main(["train", str(tmp_path / "prompted.yaml"), *given, f"--out={tmp_path / 'runs'}"]) == 0
+    folder = next((tmp_path / "runs").iterdir())
+    found = lines(folder)
+    assert {step: set(row) for step, row in found.items()} == {1: {"fid", "clip"}, 2: {"fid", "clip"}}
+    best = json.loads((folder / "best.json").read_text())
+    assert best["value"] == max(row["clip"] for row in found.values())
+    said = json.loads((folder / "protocols.json").read_text())
+    weights = Path("assets/scenes_clip/open_clip_model.safetensors")
+    assert said["clip"]["weights_sha256"] == sha256(weights) and said["clip"]["asked"] == "unseen captions"

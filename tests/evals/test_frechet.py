@@ -89,3 +89,15 @@ def test_kernel_distance_is_unbiased() -> None:
     values = torch.tensor([kernel_distance(half[:100], half[100:]) for half in points])
     assert values.min() < 0 < values.max()
     assert abs(values.mean()) < 4 * values.std() / 40**0.5
+
+
+def test_clean_fid_finds_the_same_in_the_same_features() -> None:
+    """Its Frechet distance to 1e-4 relative; its KID, one subset of everything, to 1e-6 relative."""
+    from cleanfid import fid
+
+    a, b = torch.randn(400, 32), 1.2 * torch.randn(400, 32) + 0.3
+    one, two = Statistics.of(a), Statistics.of(b)
+    theirs = fid.frechet_distance(*(x.numpy() for x in (one.mean, one.covariance, two.mean, two.covariance)))
+    assert frechet_distance(one, two) == pytest.approx(theirs, rel=1e-4)
+    kernel = fid.kernel_distance(a.double().numpy(), b.double().numpy(), num_subsets=1, max_subset_size=400)
+    assert kernel_distance(a, b) == pytest.approx(kernel, rel=1e-6)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,3 +55,22 @@ def test_more_rows_than_one_chunk() -> None:
 def test_too_few_points_are_refused() -> None:
     with pytest.raises(ValueError, match="more than 5"):
         neighbours(torch.zeros(5, 2), torch.zeros(9, 2))
+
+
+def test_scores_are_those_of_plain_loops() -> None:
+    """Kynkaanniemi et al. (2019) and Naeem et al. (2020) written out in numpy, sample by sample."""
+    generator = np.random.default_rng(4)
+    real, made, k = generator.normal(size=(60, 3)), generator.normal(0.4, 1.1, size=(50, 3)), 5
+
+    def radii(points: np.ndarray) -> list[float]:
+        return [sorted(np.linalg.norm(points - one, axis=1))[k] for one in points]
+
+    balls, own = radii(real), radii(made)
+    inside = [[np.linalg.norm(m - r) <= ball for r, ball in zip(real, balls, strict=True)] for m in made]
+    within = [[np.linalg.norm(m - r) <= ball for m, ball in zip(made, own, strict=True)] for r in real]
+    found = neighbours(torch.from_numpy(real), torch.from_numpy(made), k)
+    assert found.precision == pytest.approx(np.mean([any(row) for row in inside]))
+    assert found.recall == pytest.approx(np.mean([any(row) for row in within]))
+    assert found.density == pytest.approx(np.sum(inside) / (k * len(made)))
+    assert found.coverage == pytest.approx(np.mean([any(column) for column in zip(*inside, strict=True)]))
+    assert 0 < found.recall < 1 and 0 < found.coverage < 1
