@@ -62,10 +62,8 @@ class Store:
             index = json.loads((self.folder / INDEX).read_text())
         except (OSError, ValueError):
             return None
-        whole = (
-            isinstance(index, dict) and {"recipe", "count"} <= index.keys() and isinstance(index.get("shards"), dict)
-        )
-        return index if whole else None
+        known = isinstance(index, dict) and {"recipe", "count"} <= index.keys()
+        return index if known and isinstance(index.get("shards"), dict) else None
 
     def ours(self) -> bool:
         """Whether what lies in the folder, finished or not, was made by this recipe."""

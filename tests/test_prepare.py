@@ -201,12 +201,12 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_is_resumed(
     """In its own folder, with the latents it has; a folder with nothing of a run is not."""
     train, make, seen = ["train", *given, "objective.regression=0", f"--out={tmp_path}"], latents.make, []
 
-    def stopped(encode: object, images: object, rows: Tensor, progress: object) -> dict[str, Tensor]:
+    def stopped(encode: object, images: object, rows: Tensor, *more: object) -> dict[str, Tensor]:
         if rows[0] >= 8 and len(seen) == 2:
             seen.append(-1)
             raise KeyboardInterrupt
         seen.append(int(rows[0]))
-        return make(encode, images, rows, progress)  # type: ignore[arg-type]
+        return make(encode, images, rows, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(latents, "make", stopped)
     assert cli.main(train) == 130

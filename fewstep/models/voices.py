@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,9 +12,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.core.errors import UserError
@@ -49,6 +51,9 @@ class Shared(nn.Module):
         self._halves = {voice: self._halves_of(voice) for voice in voices}
         for half in itertools.chain(*self._halves.values()):
             half.float().weight.requires_grad_()
+            half.__class__ = _following(type(half))  # type: ignore[arg-type]
+        for layer in self.layers.values():
+            layer.cast_input_dtype_enabled = False  # to float32, as the adapter's weights are
 
     @property
     def voices(self) -> tuple[str, ...]:
@@ -173,6 +178,17 @@ class Voice(DiffusersBackbone):
         backbone = DiffusersBackbone(net, self.schedule, self.kind, self.null_label, self.unconditional)
         backbone.dials = copy.deepcopy(self.dials)
         return backbone.eval()
+
+
+@functools.cache
+def _following(kind: Any) -> type:
+    """The layer class `kind`, under the same name, which computes in the precision of its input."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight) if issubclass(kind, nn.Linear) else self._conv_forward(x, weight, None)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 class _Reusable:

@@ -134,7 +134,7 @@ def test_a_long_prompt_is_refused_unless_truncated(family: str, limit: int) -> N
     codec.encode_prompts([fits])
     for encode in (lambda: codec.encode_prompts([fits, long]), lambda: codec.unconditional(long)):
         with pytest.raises(
-            UserError, match=f"has {limit + 1} tokens, but this model reads {limit}.*truncated"
+            UserError, match=f"has {limit + 1} tokens, but this model reads {limit}.*shorten it"
         ) as error:
             encode()
         assert "\n" not in str(error.value)

@@ -509,3 +509,23 @@ def test_a_network_is_shared_once_and_has_the_voices_it_was_given(shared: Shared
         Shared(shared.backbone, {})
     with pytest.raises(ValueError, match="no voice 'teacher': it has generator, critic"):
         shared.as_("teacher")
+
+
+def test_adapters_of_a_low_network_compute_in_its_precision(plain: Callable[[], DiffusersBackbone], x: Tensor) -> None:
+    """Inputs and outputs of both halves are bfloat16; their gradients are float32 and near those of float32."""
+    gradients, seen = [], set()
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(2)
+        backbone = plain()
+        backbone.net.to(dtype)
+        shared = Shared(backbone, {"generator": LoraSpec(2, 6.0, ["to_q"])})
+        voice = shared.as_("generator")
+        speak_up(voice)
+        for half in shared._halves["generator"]:
+            half.register_forward_hook(lambda _, given, made: seen.add((given[0].dtype, made.dtype)))
+        voice(x.to(dtype), T, COND).value.square().mean().backward()
+        gradients.append(torch.cat([half.weight.grad.flatten() for half in shared._halves["generator"]]))
+        assert {half.weight.dtype for half in shared._halves["generator"]} == {torch.float32}
+    assert seen == {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)}
+    exact, low = gradients
+    assert low.dtype == torch.float32 and (low - exact).norm() < 0.05 * exact.norm()
