@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep import build, measure
-from fewstep.config import check_samples
+from fewstep.config import FEWEST_SAMPLES, check_samples
 from fewstep.core.errors import UserError
 from fewstep.data.source import WORLDS, PromptSource, Source, open_source
 from fewstep.export import load_run
@@ -74,10 +74,19 @@ def subjects(args: argparse.Namespace) -> tuple[list[Subject], Source]:
             sampler = open_folder(target, args.steps)
             found.append(of_sampler(name, sampler, prompts.captions, measure.SAMPLE_SEED))
         elif target.is_dir():
-            found.append(Pictures(target, world.resolution))
+            found.append(_pictures(target, world.resolution))
         else:
             raise UserError(f"{target} is no run, no pipeline folder and no folder of images")
     return found, world
+
+
+def _pictures(folder: Path, resolution: int) -> Pictures:
+    pictures = Pictures(folder, resolution)
+    if (pictures.count or 0) < FEWEST_SAMPLES:
+        raise UserError(
+            f"{folder} has {pictures.count} images, but at least {FEWEST_SAMPLES} can be measured: add more"
+        )
+    return pictures
 
 
 def _world(args: argparse.Namespace, sources: Sequence[Source]) -> Source:
