@@ -83,7 +83,7 @@ def test_too_few_pictures_are_refused(pictures: Path, tmp_path: Path, capsys: py
     for file in sorted(pictures.iterdir())[1:]:
         file.unlink()
     assert cli.main(["eval", str(pictures), *WORLD, f"--out={tmp_path / 'evals'}"]) == 2
-    assert f"{pictures} has 1 images, but at least 24 can be measured" in capsys.readouterr().err
+    assert f"{pictures} has 1 images, but at least 24 are needed" in capsys.readouterr().err
 
 
 def test_compared_models_see_the_same_noise(tmp_path: Path) -> None:
