@@ -79,7 +79,7 @@ def store_row(folder: Path, samples: list[int], guidance: float) -> None:
 
 
 def store_prompted(folder: Path, count: int) -> None:
-    """Whether 50 steps show what unseen captions say, at three guidances."""
+    """Whether 50 steps show what unseen captions say, at three guidances; each is stored when it is measured."""
     rows = {}
     for guidance in (1.0, 2.0, 3.0):
         overrides = [f"model.teacher={folder}", f"model.guidance={guidance}"]
@@ -89,13 +89,13 @@ def store_prompted(folder: Path, count: int) -> None:
             "teacher, 50 steps", run, *measure.teacher(run, measure.TEACHER_STEPS), truth, count
         )
         print(folder.name, guidance, rows[f"guidance {guidance:g}"])
-    record = {
-        "weights_sha256": measure.weights_sha256(folder),
-        "resolution": run.config.data.resolution,
-        "protocol": measure.protocol(run, truth, count).split("; teacher guidance")[0] + ", deterministic sampler",
-        "rows": rows,
-    }
-    (folder / "evals.json").write_text(json.dumps(record, indent=1) + "\n")
+        record = {
+            "weights_sha256": measure.weights_sha256(folder),
+            "resolution": run.config.data.resolution,
+            "protocol": measure.protocol(run, truth, count).split("; teacher guidance")[0] + ", deterministic sampler",
+            "rows": rows,
+        }
+        (folder / "evals.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
