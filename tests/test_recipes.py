@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -16,9 +17,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from fewstep import cli, config, export, measure, runner
-from fewstep.models import tiny
+from fewstep import build, cli, config, export, routes, runner
+from fewstep.models import precision, tiny
 from fewstep.models.codec import codec_of
+from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.train import checkpoint
 
 RECIPES = {path.stem: path for path in sorted(Path("configs/recipes").glob("*.yaml"))}
@@ -169,11 +171,18 @@ def test_a_recipe_trains_samples_and_reloads_in_plain_diffusers(recipe: str, tmp
     noise = torch.Generator().manual_seed(3)
     theirs = pipeline("a disc", **asked, generator=noise, output_type="latent", return_dict=False)[0]
     told = codec_of(pipeline).encode_prompts(["a disc"], size=(16, 16))
-    net, rollout = measure.student(run)
     again = export.SameNoise(3, 1)
     with torch.no_grad():
-        ours = rollout(net, again.normal("", run.shape), told, again).x0  # type: ignore[arg-type]
+        ours = run.rollout(in_float32(run), again.normal("", run.shape), told, again).x0  # type: ignore[arg-type]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+
+
+def in_float32(run: build.Run) -> DiffusersBackbone:
+    """The student's network, which computes in float32 whatever the run does: so does the exported pipeline here."""
+    backbone = routes.exportable(run)
+    plain = copy.deepcopy(backbone.net).float()
+    precision.compute_in(plain, torch.float32)
+    return DiffusersBackbone(plain, backbone.schedule, backbone.kind)
 
 
 def test_an_interrupted_tiny_run_resumes_to_the_same_bits(tmp_path: Path, monkeypatch, capsys) -> None:
