@@ -69,8 +69,11 @@ class RunDir:
         if processes.leads() and (self.root / name).exists():
             write_text(self.root / name, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def write_origin(self, config: str, teacher: Mapping[str, Any]) -> None:
-        """The resolved config; command, commit, versions, hardware and teacher: what a reader repeats the run from."""
+    def write_origin(self, config: str, teacher: Mapping[str, Any], sampling: Mapping[str, Any]) -> None:
+        """The resolved config; command, commit, versions, hardware and teacher: what a reader repeats the run from.
+
+        `sampling` is how the student was walked in training, to be held beside how it is sampled.
+        """
         if not processes.leads():
             return
         write_text(self.root / "config.yaml", config)
@@ -83,6 +86,7 @@ class RunDir:
             "hardware": _hardware(),
             "processes": processes.size(),
             "teacher": dict(teacher),
+            "sampling": dict(sampling),
         }
         write_text(self.root / "origin.json", json.dumps(origin, indent=1))
 
