@@ -62,20 +62,21 @@ def stopped(stage: Stage) -> Finding:
 
 
 def critic(stage: Stage) -> Finding:
-    """The fake score follows the generator."""
-    check = "critic keeps up"
+    """The fake score follows the generator, neither behind it nor astray."""
+    check = "critic"
     if not signs.values(stage.rows, "lag"):
         return unknown(check, "this objective has no critic")
-    sign = signs.lag(stage.moves)
-    if sign is None:
+    behind, astray = signs.lag(stage.moves), signs.pull(stage.recent, signs.ASTRAY)
+    if behind is None or astray is None:
         return unknown(check, _early(stage))
-    rate = stage.asked("players.fake_score.lr", 0.0)
-    own = stage.asked("players.generator.lr", 0.0)
+    rate, own = (stage.asked(f"players.{name}.lr", 0.0) for name in ("fake_score", "generator"))
+    if _astray(stage):
+        return judged(check, astray, f"lower players.fake_score.lr (it is {rate:g}, the generator's {own:g})")
     return judged(
         check,
-        sign,
-        f"raise players.fake_score.lr (it is {rate:g}, the generator's {own:g}: ten times that is healthy here), or "
-        f"objective.ratio (it is {stage.asked('objective.ratio', 1)}), so that the critic moves more often",
+        behind,
+        f"raise players.fake_score.lr (it is {rate:g}, the generator's {own:g}), or objective.ratio (it is "
+        f"{stage.asked('objective.ratio', 1)}) so that the critic moves more often",
     )
 
 
@@ -85,17 +86,11 @@ def guidance(stage: Stage) -> Finding:
     scale = stage.asked("model.guidance", 1.0)
     if scale == 1:
         return Finding(check, "ok", "the teacher is not guided (model.guidance is 1)")
-    sign = signs.saturation(stage.recent, stage.moves[:1])
+    sign = signs.pull(stage.recent) or signs.saturation(stage.recent, stage.moves[:1])
     if sign is None:
         return unknown(check, _early(stage))
-    if not sign.ill or not _overguided(stage):
-        return Finding(check, "ok", f"model.guidance is {scale:g} and {sign}")
-    return Finding(
-        check,
-        "ILL",
-        f"{sign}, pulled there by a teacher with model.guidance={scale:g}",
-        "lower model.guidance: 1 to 3 for class labels, up to 8 for prompts",
-    )
+    advice = f"lower model.guidance (it is {scale:g}): 1 to 3 for class labels, up to 8 for prompts"
+    return judged(check, sign, advice)
 
 
 def generator(stage: Stage) -> Finding:
@@ -104,8 +99,8 @@ def generator(stage: Stage) -> Finding:
     sign = signs.saturation(stage.recent, stage.moves[:1])
     if sign is None:
         return unknown(check, _early(stage))
-    if sign.ill and _overguided(stage):
-        return unknown(check, "cannot be told while guidance is too strong")
+    if sign.ill and (_overguided(stage) or _astray(stage)):
+        return unknown(check, "cannot be told while the scores pull too hard")
     rate = stage.asked("players.generator.lr", 0.0)
     return judged(
         check,
@@ -134,7 +129,8 @@ def labels(stage: Stage) -> Finding:
     check = "labels"
     if _saturated(stage):
         return unknown(check, "cannot be told from samples that are no images")
-    if stage.table is not None and (sign := signs.accuracy(stage.table["rows"][-1])) is not None:
+    measured = [stage.table["rows"][-1]] if stage.table is not None else stage.evals[-1:]
+    if measured and (sign := signs.accuracy(measured[0])) is not None:
         return judged(check, sign, _relabel(stage))
     if not signs.values(stage.rows, "x0/label"):
         return unknown(check, "no class labels are logged here; `fewstep eval` measures what can be read from images")
@@ -158,14 +154,15 @@ def discriminator(stage: Stage) -> Finding:
         return unknown(check, "this objective has no discriminator")
     if _saturated(stage):
         return unknown(check, "samples that are no images are told apart by anyone")
-    sign = signs.winning(stage.rows, stage.recent)
-    if sign is None:
+    weight = stage.asked("objective.gan_critic_weight", 0.0)
+    won, swallowed = signs.won(stage.recent), signs.swallowed(stage.rows[len(stage.rows) // 2 :], weight)
+    if won is None or swallowed is None:
         return unknown(check, _early(stage))
     return judged(
         check,
-        sign,
-        f"lower objective.gan_critic_weight (it is {stage.asked('objective.gan_critic_weight', 0.0):g}) to 1e-2 and "
-        f"objective.gan_weight (it is {stage.asked('objective.gan_weight', 0.0):g}), or players.fake_score.lr",
+        swallowed if swallowed.ill else won,
+        f"lower objective.gan_critic_weight (it is {weight:g}, 1e-2 is healthy) or, if that is low, "
+        "players.fake_score.lr",
     )
 
 
@@ -222,8 +219,14 @@ def _saturated(stage: Stage) -> bool:
     return sign is not None and sign.ill
 
 
+def _astray(stage: Stage) -> bool:
+    """Whether the scores lie far apart for no reason but the critic's own."""
+    sign = signs.pull(stage.recent, signs.ASTRAY)
+    return sign is not None and sign.ill and stage.asked("model.guidance", 1.0) == 1
+
+
 def _overguided(stage: Stage) -> bool:
-    return _saturated(stage) and float(stage.asked("model.guidance", 1.0)) > signs.GUIDANCE
+    return guidance(stage).state == "ILL"
 
 
 CHECKS: tuple[Check, ...] = (stopped, critic, guidance, generator, collapse, labels, discriminator, times)

@@ -58,7 +58,7 @@ def read(root: Path) -> list[Stage]:
     logged = [folder for folder in folders if RunDir(folder).rows("log.jsonl")]
     if not logged:
         raise UserError(
-            f"{root} has no log.jsonl with a step in it: give a run folder that `fewstep train` has made, once it trains"
+            f"{root} has no log.jsonl with a step in it: give a run folder of `fewstep train`, once it trains"
         )
     last = logged[-1]
     return [_stage(folder, root if folder == last == folders[-1] else None, len(folders) > 1) for folder in logged]
@@ -72,9 +72,16 @@ def _stage(folder: Path, run: Path | None, several: bool) -> Stage:
         _config(folder / "config.yaml"),
         _json(folder / "origin.json"),
         [row for row in RunDir(folder).rows("evals.jsonl") if isinstance(row, dict)],
-        (_json(run / "table.json") or None) if run is not None else None,
+        _table(run / "table.json") if run is not None else None,
         export if export is not None and export.is_dir() else None,
     )
+
+
+def _table(path: Path) -> dict[str, Any] | None:
+    """The table of a run; None when there is none, or none that is whole."""
+    table = _json(path)
+    rows = table.get("rows")
+    return table if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) else None
 
 
 def _json(path: Path) -> dict[str, Any]:

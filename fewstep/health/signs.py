@@ -17,12 +17,25 @@ Row = dict[str, Any]
 MOVES = 20
 """generator moves that a statistic is averaged over, at the least"""
 LAG = 1.0
-SPREAD = 0.35
+"""largest lag / gap^2: below 0 in healthy runs; 2.1 in the first 20 moves of a critic at a hundredth of its rate"""
+PULL = 2.0
+"""largest gap / deviation of a guided run: 4 to 14 at guidance 30, 1 at the start with guidance 3"""
+ASTRAY = 1.0
+"""the same without guidance: up to 0.6 in healthy runs, 1.7 to 2.2 for a critic at ten times its rate"""
 SATURATED = 0.05
+"""share of values beyond 1 that the data does not have: up to 0.008 healthy, 0.33 at a hundred times the rate"""
+SPREAD = 0.35
+"""least distance within a batch, in those of the data: 0.5 to 1 healthy; and only once below 0.7 of the start"""
+SHRUNK = 0.5
+"""the same in those of the start, where no data is logged: it rises from 1 in healthy runs"""
 LABEL = 0.25
+"""least share of the spread explained by labels, in those of the data: 1 to 4 healthy; -0.2 to 0.1 when deaf to them"""
 ACCURACY = 0.5
-WINNING = 0.95
-GUIDANCE = 3.0
+"""least share of measured samples that show what was asked for: 0.98 to 1 healthy; 1 / 12 by chance"""
+WON = 4.0
+"""largest softplus(-D) of the generator: 0.7 to 1.8 in every run seen; at 4 the odds are 50 to 1 against it"""
+SWALLOWED = 0.9
+"""largest part of the critic's loss that is the discriminator's: 0.1 to 0.3 healthy, 0.97 at a weight of 10"""
 
 
 @dataclass(frozen=True)
@@ -62,20 +75,31 @@ def saturation(rows: Sequence[Row], start: Sequence[Row]) -> Sign | None:
     share, data, first = mean(rows, "x0/saturated"), mean(rows, "data/saturated"), mean(start, "x0/saturated")
     if share is None or first is None:
         return None
-    limit = SATURATED + (1.5 * data if data is not None else 5 * first)
+    limit = min(0.8, SATURATED + (1.5 * data if data is not None else 5 * first))
     beside = f"{data:.1%} of the data's" if data is not None else f"{first:.1%} at the start"
     return Sign(share > limit, f"{share:.1%} of the samples' values are beyond 1 in size ({beside}, limit {limit:.1%})")
 
 
 def spread(rows: Sequence[Row], start: Sequence[Row]) -> Sign | None:
-    """How far the samples of a batch lie apart, as a share of how far images do, or the first samples did."""
-    own, data, first = mean(rows, "x0/spread"), mean(rows, "data/spread"), mean(start, "x0/spread")
-    beside = data if data is not None else first
-    if own is None or not beside:
+    """How far the samples of a batch lie apart, beside how far the first samples did.
+
+    Where data is logged its images count too. A student that starts with averages is not collapsed while it has them.
+    """
+    own, first, data = mean(rows, "x0/spread"), mean(start, "x0/spread"), mean(rows, "data/spread")
+    if own is None or not first:
         return None
-    limit, other = (SPREAD, "images of the data do") if data is not None else (0.5, "at the start")
-    words = f"samples of a batch lie apart {own / beside:.2f} times as far as {other} (limit {limit})"
-    return Sign(own / beside < limit, words)
+    limit = SHRUNK * first if data is None else min(0.7 * first, SPREAD * data)
+    beside = f"{first:.3f} at the start" + ("" if data is None else f", {data:.3f} in the data")
+    return Sign(own < limit, f"samples of a batch lie {own:.3f} apart ({beside}, limit {limit:.3f})")
+
+
+def pull(rows: Sequence[Row], limit: float = PULL) -> Sign | None:
+    """The score gap as a share of the samples' deviation: how far the scores would carry a sample in one go."""
+    gap, std = mean(rows, "gap"), mean(rows, "x0/std")
+    if gap is None or not std:
+        return None
+    words = f"the score gap is {gap / std:.2f} times the samples' deviation (limit {limit:g})"
+    return Sign(gap / std > limit, words)
 
 
 def lag(rows: Sequence[Row]) -> Sign | None:
@@ -101,9 +125,7 @@ def label(rows: Sequence[Row]) -> Sign | None:
     own, data = mean(rows, "x0/label"), mean(rows, "data/label")
     if own is None or data is None or data < 0.02:
         return None
-    words = (
-        f"the label explains {own:.1%} of the samples' spread and {data:.1%} of the data's (limit a quarter of that)"
-    )
+    words = f"labels explain {own:.1%} of the samples' spread and {data:.1%} of the data's (limit a quarter of that)"
     return Sign(own < LABEL * data, words)
 
 
@@ -115,15 +137,21 @@ def accuracy(row: Row) -> Sign | None:
     return None
 
 
-def winning(rows: Sequence[Row], recent: Sequence[Row]) -> Sign | None:
-    """How often the discriminator is right, and what that leaves for the generator's loss."""
-    if not recent:
+def won(rows: Sequence[Row]) -> Sign | None:
+    """What a discriminator leaves for the generator: softplus(-D)."""
+    loss = mean(rows, "gan/generator")
+    words = f"the generator's part of the GAN is {loss or 0:.2f} (limit {WON:g})"
+    return None if loss is None else Sign(loss > WON, words)
+
+
+def swallowed(rows: Sequence[Row], weight: float) -> Sign | None:
+    """The discriminator's part of the loss that it shares with the critic's denoising."""
+    part, whole = mean(rows, "gan/critic"), mean(rows, "fake_score/loss")
+    if part is None or not whole:
         return None
-    right, loss = mean(rows[len(rows) // 2 :], "gan/accuracy"), mean(recent, "gan/generator")
-    if right is None or loss is None:
-        return None
-    words = f"the discriminator is right {right:.1%} of the time (limit {WINNING:.0%}; generator's part {loss:.2f})"
-    return Sign(right > WINNING, words)
+    share = weight * part / whole
+    words = f"{share:.0%} of the critic's loss is the discriminator's (limit {SWALLOWED:.0%})"
+    return Sign(share > SWALLOWED, words)
 
 
 def _number(value: Any) -> bool:

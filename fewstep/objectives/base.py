@@ -131,17 +131,18 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def sample_logs(x0: Tensor, beside: Batch | Pair) -> dict[str, Tensor]:
-    """How a sample (B, *S) looks, under `x0/`, and how the images beside it do, where there are any, under `data/`.
+    """How a sample (B, *S) looks, under `x0/`, and how true images or the pairs beside it do, under `data/`.
 
     `mean`, `std` and `saturated` (share of values beyond 1 in size) are over all values; `spread` is the rms deviation
     of images from each other, and `label` how much of it their class label explains (see `label_share`).
     """
-    labels = beside.cond.inputs.get("class_labels")
-    logs = {}
-    for name, images in {"x0": x0, "data": beside.x0}.items():
-        if images is None:
-            continue
-        images = images.float()
+    real = beside.pair if isinstance(beside, Batch) and beside.x0 is None else beside
+    looked_at = [("x0", x0, beside.cond)]
+    if real is not None and real.x0 is not None:
+        looked_at.append(("data", real.x0, real.cond))
+    logs: Logs = {}
+    for name, images, cond in looked_at:
+        images, labels = images.float(), cond.inputs.get("class_labels")
         logs |= {f"{name}/mean": images.mean(), f"{name}/std": images.std()}
         logs[f"{name}/saturated"] = (images.abs() > 1).float().mean()
         if len(images) > 1:
