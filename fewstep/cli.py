@@ -1,4 +1,4 @@
-"""The command line: fewstep plan | prepare | train | sample | eval | compare | export | report | config | objectives.
+"""The command line: fewstep plan | prepare | train | sample | eval | compare | export | report | doctor | config | ...
 
 Heavy imports wait inside the commands, so that a spelling mistake is answered at once.
 """
@@ -127,6 +127,17 @@ def report(args: argparse.Namespace) -> None:
         print(f"report: {reporting.write_comparison(folders, to or Path('comparison.html'))}")
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from fewstep import doctor as examining
+
+    if args.explain:
+        print(examining.explain())
+        return 0
+    if args.run is None:
+        raise UserError("a run folder is missing: `fewstep doctor runs/<name>`, or --explain for what the curves say")
+    return examining.main(Path(args.run), args.json)
+
+
 def show_config(args: argparse.Namespace) -> None:
     from fewstep import config
 
@@ -228,6 +239,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", metavar="PAGE", help="default: <run>/report.html; of several runs comparison.html here")
     one.set_defaults(call=report)
 
+    one = commands.add_parser(
+        "doctor", help="name what is wrong with a run and what to change: exits with 0 if healthy, 1 if ill"
+    )
+    one.add_argument("run", nargs="?", help="a run folder, finished or still training")
+    one.add_argument("--json", action="store_true", help="print the findings as JSON")
+    one.add_argument("--explain", action="store_true", help="say what each logged curve looks like in a healthy run")
+    one.set_defaults(call=doctor)
+
     one = commands.add_parser("config", help="print a config with every default filled in")
     one.add_argument("config")
     one.add_argument("overrides", nargs="*")
@@ -258,7 +277,10 @@ def _process() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C."""
+    """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C.
+
+    `doctor` returns 1 for a run that is ill.
+    """
     # Two threads that spin for each other stall for seconds when a third process wants a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # xformers logs a page when it finds another torch than it was built for; diffusers imports it unasked.
@@ -267,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     args = _parse(arguments)
     try:
-        args.call(args)
+        return args.call(args) or 0
     except UserError as error:
         if not (_process() and isinstance(error, SaidOnce)):
             print(f"fewstep{_process()}: {error}", file=sys.stderr)
@@ -275,7 +297,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

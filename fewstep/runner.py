@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from fewstep.build import Run
 from fewstep.config import Config, differences, to_yaml
 from fewstep.core.errors import SaidOnce, UserError
 from fewstep.export import load_run
+from fewstep.health.alarms import Alarms
 from fewstep.hooks import Best, Hooks
 from fewstep.objectives import base as objectives
 from fewstep.store import INDEX
@@ -83,21 +85,18 @@ class Training:
         )
         self.images = done * run.config.batch
         self.seen: Logs = {}
+        self.alarms = Alarms(folder.rows("log.jsonl"))
         self.started = time.perf_counter()
 
     def after(self, step: int, logs: Logs) -> bool:
         done, config = step + 1, self.run.config
         self.images += config.batch
-        seconds = round(time.perf_counter() - self.started, 3)
         moves = {f"{name}/moves": player.moves for name, player in self.run.players.items()}
         rates = {f"{name}/lr": player.learning_rate() for name, player in self.run.players.items()}
-        self.folder.append(
-            "log.jsonl", {"step": done, "seconds": seconds, "images": self.images, **moves, **rates, **logs}
-        )
+        said = self.alarms.hear(logs)
+        self.log(done, {**moves, **rates, **logs, **({"alarm": said} if said else {})})
         self.bar.update()
-        self.seen |= logs
-        shown = {short: f"{self.seen[k]:.3g}" for k, short in _SHOWN.items() if k in self.seen}
-        self.bar.set_postfix(shown, refresh=False)
+        self.show(logs)
         if config.evals.measure_every and done % config.evals.measure_every == 0 and done < config.steps:
             self.measure(done)
         if config.evals.every and (done % config.evals.every == 0 or done == config.steps):
@@ -109,6 +108,20 @@ class Training:
         if due or asked:
             self.save(done)
         return asked
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        seconds = round(time.perf_counter() - self.started, 3)
+        self.folder.append("log.jsonl", {"step": step, "seconds": seconds, "images": self.images, **row})
+
+    def stopped(self, reason: str) -> None:
+        """Leaves the reason why no further step was played as the last line of the log."""
+        self.log(self.bar.n + 1, {"stopped": reason})
+
+    def show(self, logs: Logs) -> None:
+        """The alarms come first: a narrow terminal cuts the end off."""
+        self.seen |= logs
+        shown = [f"{short}={self.seen[k]:.3g}" for k, short in _SHOWN.items() if k in self.seen]
+        self.bar.set_postfix_str(", ".join([*(f"! {word}" for word in self.alarms.on), *shown]), refresh=False)
 
     def look(self, done: int) -> None:
         measure.save_student_grid(self.run, self.folder.samples / f"{done:07d}.png")
@@ -201,7 +214,7 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
         folder.truncate(name, done)
     model = config.model
     teacher = {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
-    folder.write_origin(to_yaml(config), teacher)
+    folder.write_origin(to_yaml(config), teacher, walked(run))
     if processes.leads():
         tell_skipped(getattr(run.source, "skipped", {}), root)
     with Interrupts() as interrupts:
@@ -209,6 +222,7 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
         try:
             train(run.objective, building.batches(run), run.players, range(done, config.steps), training.after)
         except NonFinite as error:
+            training.stopped(str(error))
             raise UserError(f"{error}; {_good(folder)}") from None
         except OSError as error:
             raise UserError(
@@ -221,6 +235,13 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
         by = interrupts.asked or "another process"
         raise Interrupted(f"stopped by {by}; saved in {last[-1]}: continue with --resume {last[-1]}")
     return run
+
+
+def walked(run: Run) -> dict[str, Any]:
+    """How the student walks in training: what `fewstep doctor` holds beside the export."""
+    model = run.config.model
+    times = [[step.told, step.level] for step in run.rollout.steps]
+    return {"steps": model.steps, "shift": model.shift, "transition": model.transition, "times": times}
 
 
 def tell_skipped(skipped: Mapping[str, list[Path]], root: Path) -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from fewstep.core.batch import Batch, Condition
+from fewstep.core.batch import Batch, Condition, Pair
 from fewstep.core.errors import UserError, sentence
 from fewstep.core.times import Times
 from fewstep.models.backbone import Backbone
@@ -119,7 +119,7 @@ class Objective(nn.Module):
         sample = self.sample(batch, step, grad=self.generates(step))
         if self.generates(step):
             loss, logs = self.generator_loss(batch, sample, step)
-            yield Turn("generator", loss, {**logs, **sample_logs(sample.x0)})
+            yield Turn("generator", loss, {**logs, **sample_logs(sample.x0, batch)})
         if self.criticises(step):
             loss, logs = self.critic_loss(batch, sample.detach(), step)
             yield Turn("fake_score", loss, logs)
@@ -130,9 +130,37 @@ class Objective(nn.Module):
 
 
 @torch.no_grad()
-def sample_logs(x0: Tensor) -> dict[str, Tensor]:
-    """Mean, deviation and share of saturated values (|x0| > 1) of a sample (B, *S)."""
-    return {"x0/mean": x0.mean(), "x0/std": x0.std(), "x0/saturated": (x0.abs() > 1).float().mean()}
+def sample_logs(x0: Tensor, beside: Batch | Pair) -> dict[str, Tensor]:
+    """How a sample (B, *S) looks, under `x0/`, and how true images or the pairs beside it do, under `data/`.
+
+    `mean`, `std` and `saturated` (share of values beyond 1 in size) are over all values; `spread` is the rms deviation
+    of images from each other, and `label` how much of it their class label explains (see `label_share`).
+    """
+    real = beside.pair if isinstance(beside, Batch) and beside.x0 is None else beside
+    looked_at = [("x0", x0, beside.cond)]
+    if real is not None and real.x0 is not None:
+        looked_at.append(("data", real.x0, real.cond))
+    logs: Logs = {}
+    for name, images, cond in looked_at:
+        images, labels = images.float(), cond.inputs.get("class_labels")
+        logs |= {f"{name}/mean": images.mean(), f"{name}/std": images.std()}
+        logs[f"{name}/saturated"] = (images.abs() > 1).float().mean()
+        if len(images) > 1:
+            logs[f"{name}/spread"] = images.var(0).mean().sqrt()
+            logs |= {} if labels is None else {f"{name}/label": label_share(images, labels)}
+    return logs
+
+
+def label_share(images: Tensor, labels: Tensor) -> Tensor:
+    """1 - (mean squared distance within a label) / (that of any two), a scalar, for images (B, *S), labels (B,).
+
+    0 in the mean for images that know nothing of their labels, 0 where no two labels are alike, at most 1.
+    """
+    apart = torch.cdist(images.flatten(1), images.flatten(1)).square()
+    alike = (labels[:, None] == labels).float().fill_diagonal_(0)
+    any_two = apart.sum() / (len(images) * (len(images) - 1))
+    within = (apart * alike).sum() / alike.sum().clamp(min=1)
+    return torch.where(alike.sum() > 0, 1 - within / any_two.clamp(min=1e-12), torch.zeros_like(within))
 
 
 def names() -> list[str]:

@@ -79,7 +79,7 @@ class Objective(base.Objective):
             x_s = self.cleaner(x_t, x0, eps, t, s, batch.cond)
             target = self.target(x_s, s, batch.cond)
         f = self.triad.generator(x_t, t, batch.cond).x0
-        yield Turn("generator", distance(f, target, self.config.distance), sample_logs(f))
+        yield Turn("generator", distance(f, target, self.config.distance), sample_logs(f, batch))
 
     def cleaner(self, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
         """x_s (B, *S), the other end of the pair."""

@@ -59,7 +59,7 @@ class Objective(base.Objective):
         pair = batch.pair
         assert pair is not None
         loss, x0 = self.reflow(batch, pair) if self.config.phase == "reflow" else self.distill(batch, pair)
-        yield Turn("generator", loss, sample_logs(x0))
+        yield Turn("generator", loss, sample_logs(x0, pair))
 
     def reflow(self, batch: Batch, pair: Pair) -> tuple[Tensor, Tensor]:
         flow = self.flow

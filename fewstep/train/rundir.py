@@ -76,8 +76,11 @@ class RunDir:
         if processes.leads() and before != {**before, **protocols}:
             write_text(file, json.dumps({**before, **protocols}, indent=1))
 
-    def write_origin(self, config: str, teacher: Mapping[str, Any]) -> None:
-        """The resolved config; command, commit, versions, hardware and teacher: what a reader repeats the run from."""
+    def write_origin(self, config: str, teacher: Mapping[str, Any], sampling: Mapping[str, Any]) -> None:
+        """The resolved config; command, commit, versions, hardware and teacher: what a reader repeats the run from.
+
+        `sampling` is how the student was walked in training, to be held beside how it is sampled.
+        """
         if not processes.leads():
             return
         write_text(self.root / "config.yaml", config)
@@ -90,6 +93,7 @@ class RunDir:
             "hardware": _hardware(),
             "processes": processes.size(),
             "teacher": dict(teacher),
+            "sampling": dict(sampling),
         }
         write_text(self.root / "origin.json", json.dumps(origin, indent=1))
 

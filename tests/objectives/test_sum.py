@@ -65,7 +65,7 @@ def test_a_later_term_logs_under_its_number() -> None:
     batch = replace(real_batch(), pair=pair)
     alone = [play(single(node), batch)["generator"].logs for node in nodes]
     logs = play(summed(*nodes), batch)["generator"].logs
-    of_sample = {"x0/mean", "x0/std", "x0/saturated"}
+    of_sample = {f"{of}/{what}" for of in ("x0", "data") for what in ("mean", "std", "saturated", "spread")}
     assert set(logs) == {"gap", "lag", "gap/2", "lag/2", "regression", "gap/3", "lag/3"} | of_sample
     for name in ("gap", "lag"):
         assert (logs[name], logs[f"{name}/2"], logs[f"{name}/3"]) == tuple(found[name] for found in alone)

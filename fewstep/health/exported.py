@@ -1,0 +1,43 @@
+"""Whether an exported pipeline folder walks the times at which its student was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+
+from fewstep.core.errors import UserError
+from fewstep.core.times import Step
+from fewstep.export import CARD, read_card
+from fewstep.models import schedulers
+from fewstep.models.loading import pretrained
+
+# A timestep of 1000 is rounded by at most half a thousandth.
+_TOLERANCE = 2e-3
+
+
+def differences(folder: Path, times: list[list[float]]) -> list[str]:
+    """What is wrong with the export in `folder` of a student walked at `times`, pairs of told time and level."""
+    count = read_card(folder / CARD).get("num_inference_steps", len(times))
+    if count != len(times):
+        return [f"the model card of {folder} asks for {count} steps"]
+    try:
+        walked = _walk(folder, count)
+    except UserError as error:
+        return [f"the scheduler of {folder} cannot be walked: {error}"]
+    pairs = zip(walked, times, strict=True)
+    apart = [max(abs(step.told - told), abs(step.level - level)) for step, (told, level) in pairs]
+    if max(apart) < _TOLERANCE:
+        return []
+    return [f"the scheduler of {folder} walks t = {', '.join(f'{step.level:.3f}' for step in walked[:8])}"]
+
+
+def _walk(folder: Path, count: int) -> list[Step]:
+    said = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    kind = getattr(diffusers, str(said.get("_class_name")), None)
+    if kind is None:
+        raise UserError(f"diffusers has no scheduler {said.get('_class_name')}")
+    scheduler = pretrained(kind, str(folder), subfolder="scheduler")
+    schedulers.read(scheduler)
+    return schedulers.steps_of(scheduler, count)
