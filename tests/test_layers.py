@@ -37,6 +37,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.objectives.base",
         "fewstep.train",
     ),
+    "fewstep.health": (
+        "fewstep.core",
+        "fewstep.export",
+        "fewstep.health",
+        "fewstep.models.loading",
+        "fewstep.models.schedulers",
+        "fewstep.train.rundir",
+    ),
     "fewstep.config": (
         "fewstep.core",
         "fewstep.models.attention",
