@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fewstep import cli
 from fewstep.core.batch import Batch, Condition, Pair
@@ -18,7 +20,7 @@ from fewstep.health import signs
 from fewstep.health.alarms import Alarms
 from fewstep.health.illnesses import examine
 from fewstep.health.record import Stage, read
-from fewstep.objectives.base import label_share
+from fewstep.objectives.base import label_share, sample_logs
 
 Row = dict[str, Any]
 CONFIG = """
@@ -270,9 +272,7 @@ def deaf(tmp_path: Path) -> Path:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(weights)
     name = "class_embedding.weight"
-    state["class_embedding.weight"] = (
-        embedding.float().mean(0, keepdim=True).to(embedding.dtype).repeat(len(embedding), 1)
-    )
+    state[name] = state[name].float().mean(0, keepdim=True).repeat(len(state[name]), 1).to(state[name].dtype)
     save_file(state, weights, metadata={"format": "pt"})
     return folder
 
@@ -300,9 +300,7 @@ def test_a_teacher_that_has_lost_its_labels(deaf: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config", ["dmd2_lora", "dmd", "phased_dmd", "consistency", "rectified_flow", "dmd_four_steps"]
-)
+@pytest.mark.parametrize("config", ["dmd2", "dmd2_lora", "dmd", "phased_dmd", "consistency", "rectified_flow"])
 def test_healthy_runs_have_no_illness(config: str, tmp_path: Path) -> None:
     run = play(config, tmp_path)
     stages = read(run)

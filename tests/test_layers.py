@@ -38,6 +38,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.train",
     ),
     "fewstep.report": ("fewstep.core", "fewstep.report", "fewstep.train.checkpoint", "fewstep.train.rundir"),
+    "fewstep.health": (
+        "fewstep.core",
+        "fewstep.export",
+        "fewstep.health",
+        "fewstep.models.loading",
+        "fewstep.models.schedulers",
+        "fewstep.train.rundir",
+    ),
     "fewstep.config": (
         "fewstep.core",
         "fewstep.models.attention",

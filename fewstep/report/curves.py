@@ -30,8 +30,14 @@ class Plot:
 _KNOWN = (
     Plot("score gap", "rms of fake minus real score: the push on the generator", {"gap": "gap"}),
     Plot("critic lag", "near 0 where the critic keeps up with the generator", {"lag": "lag"}),
-    Plot("x0 mean and deviation", "of the generator's samples", {"x0/mean": "mean", "x0/std": "deviation"}),
-    Plot("x0 saturation", "share of values outside [-1, 1]", {"x0/saturated": "saturated"}),
+    Plot(
+        "x0 mean and deviation",
+        "over all values",
+        {"x0/mean": "mean", "x0/std": "deviation", "data/mean": "mean of the data", "data/std": "its deviation"},
+    ),
+    Plot("x0 spread", "rms distance of images in a batch", {"x0/spread": "samples", "data/spread": "data"}),
+    Plot("x0 label", "share of that spread that labels explain", {"x0/label": "samples", "data/label": "data"}),
+    Plot("x0 saturation", "share of values outside [-1, 1]", {"x0/saturated": "samples", "data/saturated": "data"}),
     Plot("discriminator accuracy", "0.5 knows nothing, 1 tells all apart", {"gan/accuracy": "accuracy"}),
     Plot("GAN losses", "", {"gan/generator": "generator", "gan/critic": "critic"}),
 )

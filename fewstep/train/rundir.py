@@ -56,7 +56,7 @@ class RunDir:
         """The JSON lines of `name`; a last line cut short by a crash is left out."""
         path = self.root / name
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 rows.append(json.loads(line))
             except ValueError:
