@@ -84,7 +84,7 @@ def _pictures(folder: Path, resolution: int) -> Pictures:
     pictures = Pictures(folder, resolution)
     if (pictures.count or 0) < FEWEST_SAMPLES:
         raise UserError(
-            f"{folder} has {pictures.count} images, but at least {FEWEST_SAMPLES} can be measured: add more"
+            f"{folder} has {pictures.count} images, but at least {FEWEST_SAMPLES} are needed: add more"
         )
     return pictures
 
