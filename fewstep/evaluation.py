@@ -83,9 +83,7 @@ def subjects(args: argparse.Namespace) -> tuple[list[Subject], Source]:
 def _pictures(folder: Path, resolution: int) -> Pictures:
     pictures = Pictures(folder, resolution)
     if (pictures.count or 0) < FEWEST_SAMPLES:
-        raise UserError(
-            f"{folder} has {pictures.count} images, but at least {FEWEST_SAMPLES} can be measured: add more"
-        )
+        raise UserError(f"{folder} has {pictures.count} images, but at least {FEWEST_SAMPLES} are needed: add more")
     return pictures
 
 
