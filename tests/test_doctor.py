@@ -330,3 +330,18 @@ def test_a_run_logs_its_alarm_and_its_end(tiny_teacher: Path, tmp_path: Path, ca
     assert [found["step"] for found in begun] == [signs.MOVES]
     assert "! saturated" in capsys.readouterr().err
     assert cli.main(["report", str(run)]) == 0
+
+
+def test_a_run_that_meets_nan_leaves_the_reason(tiny_teacher: Path, tmp_path: Path, capsys) -> None:
+    """Also of a run without a single whole step: the reason is then all that its log holds."""
+    poisoned = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, poisoned)
+    weights = poisoned / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["conv_out.weight"][0] = float("nan")
+    save_file(state, weights, metadata={"format": "pt"})
+    given = ["configs/scenes/dmd2.yaml", *SMALL, f"model.teacher={poisoned}", f"--out={tmp_path / 'runs'}"]
+    assert cli.main(["train", *given]) == 2
+    run = next((tmp_path / "runs").iterdir())
+    assert cli.main(["doctor", str(run)]) == 1
+    assert "the run stopped at step 1: the loss of player generator is nan" in capsys.readouterr().out

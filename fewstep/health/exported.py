@@ -24,7 +24,7 @@ def differences(folder: Path, times: list[list[float]]) -> list[str]:
         return [f"the model card of {folder} asks for {count} steps"]
     try:
         walked = _walk(folder, count)
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:
         return [f"the scheduler of {folder} cannot be walked: {error}"]
     pairs = zip(walked, times, strict=True)
     apart = [max(abs(step.told - told), abs(step.level - level)) for step, (told, level) in pairs]

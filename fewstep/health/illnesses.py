@@ -202,7 +202,7 @@ def _measured(stage: Stage, walked: dict[str, Any]) -> list[str]:
 
 
 def _exported(stage: Stage, walked: dict[str, Any]) -> list[str]:
-    if stage.export is None or not (stage.export / "scheduler").is_dir():
+    if stage.export is None:
         return []
     from fewstep.health import exported  # diffusers takes seconds to load
 

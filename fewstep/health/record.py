@@ -73,7 +73,7 @@ def _stage(folder: Path, run: Path | None, several: bool) -> Stage:
         _json(folder / "origin.json"),
         [row for row in RunDir(folder).rows("evals.jsonl") if isinstance(row, dict)],
         _table(run / "table.json") if run is not None else None,
-        export if export is not None and export.is_dir() else None,
+        export if export is not None and (export / "scheduler").is_dir() else None,
     )
 
 
