@@ -82,6 +82,22 @@ class Config:
             raise UserError("objective.gan_weight, gan_critic_weight and regression are at least 0")
 
 
+@dataclass(frozen=True)
+class Look:
+    """One comparison of the generator's samples `x` (B, *S): at x_t the teacher's x0 `real`, the critic's x0 `fake`.
+
+    `logits` (B,) are the discriminator's; all of these are detached. `adversarial` is its loss for the generator.
+    """
+
+    x: Tensor
+    x_t: Tensor
+    t: Tensor
+    real: Tensor
+    fake: Tensor
+    logits: Tensor | None
+    adversarial: Tensor | None
+
+
 class Objective(base.Objective):
     roles = ("generator", "real_score", "fake_score")
 
@@ -140,26 +156,39 @@ class Objective(base.Objective):
         return Sample(x0, 0 * rows, x0, x_t, here.level * rows, exit)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
-        schedule, x = self.triad.generator.schedule, sample.x0.detach()
+        look = self.look(batch, sample)
+        return self.loss_along(batch, sample, look, self.gradient(batch, sample, look))
+
+    def look(self, batch: Batch, sample: Sample) -> Look:
+        """What the teacher, the critic and the discriminator say of the sample, noised to a random time."""
+        x = sample.x0.detach()
         t = self.draw_time(batch, "dmd2.t", self.config.times)
-        clean = torch.zeros_like(sample.s)
-        x_t = noised(schedule, sample.x0, clean, t, batch.draw.normal("dmd2.eps", x.shape[1:]))
+        eps = batch.draw.normal("dmd2.eps", x.shape[1:])
+        x_t = noised(self.triad.generator.schedule, sample.x0, torch.zeros_like(t), t, eps)
         with torch.no_grad():
             real = self.triad.real_score(x_t.detach(), t, batch.cond).x0
-        fake, adversarial = self.judge(x_t, t, batch.cond)
-        gradient = direction(real, fake, x, self.config.weight, schedule, clean, t)
-        loss, logs = surrogate(sample.x0, gradient), signals(x, real, fake)
-        if adversarial is not None:
-            logs["gan/generator"] = adversarial
-            loss = loss + self.config.gan_weight * adversarial
+        fake, logits, adversarial = self.judge(x_t, t, batch.cond)
+        return Look(x, x_t.detach(), t, real, fake, logits, adversarial)
+
+    def gradient(self, batch: Batch, sample: Sample, look: Look) -> Tensor:
+        """Along which the generator's sample moves, (B, *S): the weighted F - R."""
+        clean, schedule = torch.zeros_like(look.t), self.triad.generator.schedule
+        return direction(look.real, look.fake, look.x, self.config.weight, schedule, clean, look.t)
+
+    def loss_along(self, batch: Batch, sample: Sample, look: Look, gradient: Tensor) -> tuple[Tensor, Logs]:
+        """The score gap's loss with that gradient, the GAN's and the regression's."""
+        loss, logs = surrogate(sample.x0, gradient), signals(look.x, look.real, look.fake)
+        if look.adversarial is not None:
+            logs["gan/generator"] = look.adversarial
+            loss = loss + self.config.gan_weight * look.adversarial
         if self.config.regression:
             window, args = self.config.exits.window, (self.triad.generator, self.rollout, batch)
             logs["regression"] = paired_loss(*args, sample.index, window, self.config.distance)
             loss = loss + self.config.regression * logs["regression"]
         return loss, logs
 
-    def judge(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None]:
-        """The critic's x0 (detached) and softplus(-D(x_t)), differentiable in x_t but in no weight.
+    def judge(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The critic's x0 and the logits (B,), both detached, and softplus(-D(x_t)), differentiable in x_t alone.
 
         The gradient in x_t is taken here, while the weights are frozen: gradient checkpointing would recompute the
         blocks during a later backward, unfrozen, and fail.
@@ -167,17 +196,18 @@ class Objective(base.Objective):
         fake_score, heads = self.triad.fake_score, self.heads
         if heads is None:
             with torch.no_grad():
-                return fake_score(x_t, t, cond).x0, None
+                return fake_score(x_t, t, cond).x0, None, None
         x = x_t.detach().requires_grad_()
         with frozen(self.watched), frozen(heads):
             watched = self.watched(x, t, cond, taps=self.taps, stop=self.watched is not fake_score)
-            loss = gan.generator_loss(heads(dict(watched.features)))
+            logits = heads(dict(watched.features))
+            loss = gan.generator_loss(logits)
             (slope,) = torch.autograd.grad(loss, x)
         adversarial = loss.detach() + (slope * (x_t - x_t.detach())).sum()
         if self.watched is fake_score:
-            return watched.x0.detach(), adversarial
+            return watched.x0.detach(), logits.detach(), adversarial
         with torch.no_grad():
-            return fake_score(x_t, t, cond).x0, adversarial
+            return fake_score(x_t, t, cond).x0, logits.detach(), adversarial
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd2.critic_t", self.config.critic_times)
