@@ -21,6 +21,7 @@ from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import NoiseSchedule
+from fewstep.core.times import Step
 from fewstep.data.base import checksum
 from fewstep.data.loader import Loader
 from fewstep.data.pictures import Pictures
@@ -618,9 +619,14 @@ def _pairs(run: Run) -> Made:
         if run.triad.real_score is None and processes.size() == 1:
             run.teacher.net.to("cpu")  # it has said all it will be asked
 
-    name = f"pairs_{config.count}x{config.steps}_seed{config.seed}"
+    name = f"{'paths' if _passed(run) else 'pairs'}_{config.count}x{config.steps}_seed{config.seed}"
     make = functools.partial(make_pairs, run)
     return Made(name, pairs_recipe(run), config.count, pairs.SHARD, "pair", make, take)
+
+
+def _passed(run: Run) -> Sequence[Step]:
+    """The student's steps at which the objective reads the teacher's states."""
+    return run.rollout.steps[1:] if "path" in run.objective.reads else ()
 
 
 def _latents(run: Run) -> Made:
@@ -664,6 +670,8 @@ def pairs_recipe(run: Run) -> str:
         settings["encoders"] = _sums(run.teacher.codec.encoders.parameters())
     settings["tokens"] = model.max_sequence_length
     made = {**settings, "weights": _sums(base), "pairs": asdict(run.config.pairs), "data": _data(run)}
+    if passed := _passed(run):
+        made["path"] = [step.level for step in passed]
     return json.dumps(made, sort_keys=True)
 
 
@@ -708,10 +716,10 @@ def make_pairs(run: Run, rows: torch.Tensor, progress: Progress) -> Tensors:
     """The guided teacher's deterministic samples from the noises of the consecutive `rows` (N,)."""
     config, teacher = run.config.pairs, run.teacher
     scheduler = schedulers.student_scheduler(teacher.scheduler, teacher.kind, "ode", config.steps, teacher.shift)
-    walk = Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
-    told, first = run.conditions.afresh, int(rows[0])
-    guided, batch = run.guided(), run.at_once
-    made = pairs.make_pairs(guided, walk, told, run.shape, len(rows), config.seed, batch, progress, run.device, first)
+    passed, walk = _passed(run), Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
+    args = (run.guided(), pairs.through(walk, passed), run.conditions.afresh, run.shape, len(rows), config.seed)
+    kept = [step.level for step in passed]
+    made = pairs.make_pairs(*args, run.at_once, progress, run.device, int(rows[0]), kept)
     return pairs.tensors_of(made)
 
 

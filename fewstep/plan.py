@@ -95,7 +95,8 @@ def shaped(setting: Setting, mode: Fake) -> Run:
     run = replace(run, config=replace(config, batch=config.batch // setting.gpus, data=data), device=device)
     with mode:
         if "pair" in run.objective.reads:
-            run.pairs = Pairs(torch.zeros(2, *run.shape), run.conditions.of(torch.arange(2)), 0)
+            path = torch.zeros(2, len(run.rollout) - 1, *run.shape) if "path" in run.objective.reads else None
+            run.pairs = Pairs(torch.zeros(2, *run.shape), run.conditions.of(torch.arange(2)), 0, path)
         if config.data.cache and "x0" in run.objective.reads:
             run.latents = UnseenLatents(torch.zeros(2, *run.shape).half(), 0)
     return run

@@ -160,6 +160,27 @@ def test_training_reads_what_is_prepared(
     assert not (tmp_path / "nothing").exists()
 
 
+def test_trajectories_are_made_with_the_pairs(given: list[str], tmp_path: Path) -> None:
+    """The states at the student's steps but the first; stopped and made again they are the same to the byte."""
+    lines = [line for line in CONFIG.splitlines() if not line.startswith(("objective", "players", "data"))]
+    own = ["objective: {name: rectified_flow, phase: distill, states: teacher}", "data: {resolution: 16}"]
+    (tmp_path / "paths.yaml").write_text("\n".join([*lines, *own, "players: {generator: {lr: 1.0e-3}}"]))
+    told = (str(tmp_path / "paths.yaml"), *given[1:], "model.steps=3")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert prepare([*told], whole) == 0
+    assert {file.name for file in whole.iterdir()} == {"paths_20x2_seed7", "prompts_15"}
+    shutil.copytree(whole, stopped)
+    for file in sorted((stopped / "paths_20x2_seed7").glob("shard-*"))[2:]:
+        file.unlink()
+    assert prepare([*told], stopped) == 0 and content(stopped) == content(whole)
+    run = built([*told], f"data.prepared={whole}")
+    build.prepare(run, tmp_path / "nothing")
+    (batch,) = build.batches(run)(0)
+    assert batch.pair is not None and batch.pair.path is not None
+    assert batch.pair.path.shape == (2, 2, *run.shape)
+    assert cli.main(["train", *told, f"data.prepared={whole}", f"--out={tmp_path / 'runs'}"]) == 0
+
+
 def test_a_run_with_a_prepared_folder_trains_and_resumes(given: list[str], whole: Path, tmp_path: Path) -> None:
     train = ["train", *given, f"data.prepared={whole}", "save.every=1", "save.keep=9"]
     assert cli.main([*train, f"--out={tmp_path}"]) == 0

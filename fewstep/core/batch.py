@@ -62,11 +62,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher's deterministic pairs: `noise` (B, *S) unit normal, its sample `x0` (B, *S), the shared `cond`."""
+    """A teacher's deterministic pairs: `noise` (B, *S) unit normal, its sample `x0` (B, *S), the shared `cond`.
+
+    `path` (B, K - 1, *S), where an objective asked for it: the teacher's states at the student's K steps but the first.
+    """
 
     noise: Tensor
     x0: Tensor
     cond: Condition
+    path: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Pair:
-        return Pair(self.noise.to(device), self.x0.to(device), self.cond.to(device))
+        path = None if self.path is None else self.path.to(device)
+        return Pair(self.noise.to(device), self.x0.to(device), self.cond.to(device), path)

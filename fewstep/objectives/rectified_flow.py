@@ -2,9 +2,10 @@
 
 Reflow: L = E || v(x_t, t) - (z - x) ||^2 on the straight line x_t = (1 - t) x + t z of each stored pair (z, x).
 Distillation: the same pairs at the student's own times alone, compared as clean samples; with one step its input is
-exactly z. Its inputs are points on the lines, or the states that the student itself walks to from z: then it answers
-for what its first steps have not learnt. A network of another process is trained through `Remapped`, as the flow it
-stands for.
+exactly z. Its inputs are points on the lines; or those that the teacher passed on its way from z to x, as CausVid (Yin
+et al. 2024, arXiv:2412.07772) starts its student; or the states that the student itself walks to from z: then it
+answers for what its first steps have not learnt. A network of another process is trained through `Remapped`, as the
+flow it stands for.
 """
 
 from __future__ import annotations
@@ -35,15 +36,13 @@ class Config:
     """flow times of the reflow"""
     distance: Distance = "l2"
     """of the distillation: l2 | l1 | huber"""
-    states: Literal["line", "own"] = "line"
-    """distill: inputs on the lines of the pairs, or the states that the student walks to itself"""
+    states: Literal["line", "teacher", "own"] = "line"
+    """distill: inputs on the lines of the pairs, on the teacher's trajectories, or where the student itself walks to"""
     exits: Exits = field(default_factory=Exits)
     """of own states: the step that is compared"""
 
 
 class Objective(base.Objective):
-    reads = ("pair",)
-
     @property
     def flow(self) -> Backbone:
         """The generator as a flow network."""
@@ -52,6 +51,7 @@ class Objective(base.Objective):
 
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
+        self.reads = ("pair", "path") if config.phase == "distill" and config.states == "teacher" else ("pair",)
         if config.states == "own":
             refuse_fresh_noise(rollout, "objective.states=own", "objective.states=line")
 
@@ -69,7 +69,7 @@ class Objective(base.Objective):
         return loss, prediction.x0
 
     def distill(self, batch: Batch, pair: Pair) -> tuple[Tensor, Tensor]:
-        x0 = self.walked(batch, pair) if self.config.states == "own" else self.on_line(batch, pair)
+        x0 = self.walked(batch, pair) if self.config.states == "own" else self.at_a_step(batch, pair)
         return distance(x0, pair.x0, self.config.distance), x0
 
     def walked(self, batch: Batch, pair: Pair) -> Tensor:
@@ -77,13 +77,16 @@ class Objective(base.Objective):
         exits, args = self.config.exits, (self.triad.generator, pair.noise, pair.cond, batch.draw)
         return self.rollout(*args, exit=exits.at(self.rollout, batch.draw, "distill.exit"), grad=exits.window).x0
 
-    def on_line(self, batch: Batch, pair: Pair) -> Tensor:
-        """What a random step of the student makes of the pair's line."""
+    def at_a_step(self, batch: Batch, pair: Pair) -> Tensor:
+        """What a random step of the student makes of the pair's line, or of the teacher's way."""
         generator = self.triad.generator
         index = batch.draw.integers("distill.step", len(self.rollout))
         told = torch.tensor([s.told for s in self.rollout.steps], device=index.device)[index]
         level = torch.tensor([s.level for s in self.rollout.steps], device=index.device)[index]
-        on_line = add_noise(generator.schedule, pair.x0, pair.noise, level)
-        start = (index == 0).reshape(-1, *[1] * (on_line.ndim - 1))
-        x_t = torch.where(start, pair.noise * generator.schedule.prior_std, on_line)
+        start = pair.noise * generator.schedule.prior_std
+        if pair.path is not None:
+            x_t = torch.cat([start[:, None], pair.path], 1)[torch.arange(len(index)), index]
+        else:
+            on_line = add_noise(generator.schedule, pair.x0, pair.noise, level)
+            x_t = torch.where((index == 0).reshape(-1, *[1] * (start.ndim - 1)), start, on_line)
         return generator(x_t, told, pair.cond).at(level).x0

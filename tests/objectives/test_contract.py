@@ -139,7 +139,7 @@ def test_every_weight_of_every_player_gets_a_gradient(case: str, learn: Roles) -
 def test_an_objective_that_does_not_say_it_reads_data_needs_none(case: str) -> None:
     tiny = make(case, SMOOTH)
     reads = tiny.objective.reads
-    assert set(reads) <= {"x0", "pair"}
+    assert set(reads) <= {"x0", "pair", "path"}
     (given,) = batches(tiny, 0, 2)
     assert (given.x0 is None) == ("x0" not in reads) and (given.pair is None) == ("pair" not in reads)
     train_step(tiny.objective, [given], 0, tiny.players)

@@ -262,6 +262,43 @@ def test_pairs_are_the_teachers_map() -> None:
     assert torch.equal(stored.of(Draw(0, 5, torch.arange(512))).x0, pair.x0)
 
 
+def test_paths_are_states_of_the_teachers_walk() -> None:
+    """At levels .5, its own, and .33, put between two of its 40: x_t = a z + b, the product over the Euler steps."""
+    teacher = GaussianModel(MEAN, STD, Flow(), "flow_prediction")
+    ladder = (torch.arange(40, 0, -1) / 40).tolist()
+    walked = pairs.through(walk(tuple(ladder), ode), [Step(0.5, 0.5), Step(0.33, 0.33)])
+    assert [step.level for step in walked.steps] == sorted({*ladder, 0.33}, reverse=True)
+    stored = pairs.make_pairs(teacher, walked, lambda rows: Condition(), (8,), 64, seed=3, kept=[0.5, 0.33])
+    assert stored.path is not None and stored.path.shape == (64, 2, 8)
+    pair = stored.of(Draw(0, 5, torch.arange(32)))
+    levels = [step.level for step in walked.steps]
+    scale, offset = 1.0, 0.0
+    for t, s in zip(levels, [*levels[1:], 0.0], strict=True):
+        if t in (0.5, 0.33):
+            assert torch.allclose(pair.path[:, int(t == 0.33)], offset + scale * pair.noise, atol=1e-5)
+        slope = (t - (1 - t) * STD**2) / ((1 - t) ** 2 * STD**2 + t**2)
+        scale, offset = (
+            scale * (1 + (s - t) * slope),
+            offset * (1 + (s - t) * slope) - (s - t) * MEAN * (1 + (1 - t) * slope),
+        )
+    assert torch.allclose(pair.x0, offset + scale * pair.noise, atol=1e-5)
+
+
+def test_distillation_on_paths_learns_the_map_from_every_step() -> None:
+    """x0 as an affine function of the teacher's own state, two steps: 1.5 %, where on lines the second is another."""
+    teacher = GaussianModel(MEAN, STD, Flow(), "flow_prediction")
+    long = walk(tuple((torch.arange(40, 0, -1) / 40).tolist()), ode)
+    stored = pairs.make_pairs(teacher, long, lambda rows: Condition(), (8,), 4096, seed=3, kept=[0.5])
+    assert stored.path is not None
+    student = Student(Flow(), [(-0.5, 1.3), (-0.5, 1.3)], (1.0, 0.5))
+    distil = Objective(Config(phase="distill", states="teacher"), Triad(student), walk((1.0, 0.5), ode))
+    learn(distil, players_for(distil, adam(2e-2, 700)), 700, shape=(8,), extra=lambda draw: {"pair": stored.of(draw)})
+    for i, x in enumerate((pairs.noise_of(3, torch.arange(4096), (8,)), stored.path[:, 0])):
+        slope = ((x - x.mean()) * (stored.x0 - stored.x0.mean())).mean() / x.var(correction=0)
+        assert student.std[i].item() == pytest.approx(slope.item(), rel=0.015)
+        assert student.mean[i].item() == pytest.approx((stored.x0.mean() - slope * x.mean()).item(), rel=0.015)
+
+
 def test_reflow_straightens_and_keeps_the_marginal() -> None:
     """S from .2145 to below .003 in 800 moves; one Euler step then makes the pairs' law within 3 %."""
     stored, (noise,) = teacher_pairs(8), whitened(1)

@@ -49,7 +49,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "whole": {**GAN, "exits": WHOLE, "regression": 0.5},
     },
     "phased_dmd": {"": {"ratio": 2}},
-    "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
+    "rectified_flow": {
+        "": {},
+        "distill": {"phase": "distill"},
+        "paths": {"phase": "distill", "states": "teacher"},
+    },
     "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
@@ -169,7 +173,8 @@ def batch(tiny: Tiny, step: int, ids: Tensor) -> Batch:
     first = ids - ids % tiny.objective.group
     cond = Condition({"class_labels": first // tiny.objective.group % LABELS})
     images = 0.5 * Draw(5, step, first).normal("images", shape)
-    stored = Pair(draw.normal("stored", shape), 0.5 * draw.normal("made", shape), cond)
+    path = draw.normal("path", (1, *shape)) if "path" in reads else None
+    stored = Pair(draw.normal("stored", shape), 0.5 * draw.normal("made", shape), cond, path)
     return Batch(
         draw.normal("noise", shape),
         cond,
