@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,32 @@ def test_resumed_hooks_go_on_and_know_the_best(tiny_teacher: Path, inception: Pa
     assert cli.main([*command, f"--resume={parts}"]) == 0
     assert lines(parts)[6] == lines(whole)[6]
     assert (parts / "best.json").read_text() == (whole / "best.json").read_text()
+
+
+COMMAND = """
+import sys
+from fewstep import cli, finish, hooks
+hooks.REFERENCE_SAMPLES, finish.finish = 60, lambda run, folder: None
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(tiny_teacher: Path, inception: Path, tmp_path: Path) -> None:
+    """At a rate that moves nothing in float32, for two processes add gradients in another order."""
+    (tmp_path / "command.py").write_text(COMMAND)
+    still = ("players.generator.lr=1e-30", "players.fake_score.lr=1e-30", "players.generator.weight_decay=0", "steps=3")
+    command = given(tiny_teacher, inception, tmp_path, *still)
+    assert cli.main([*command, f"--out={tmp_path / 'one'}"]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    both = [*launch, str(tmp_path / "command.py"), *command, f"--out={tmp_path / 'two'}"]
+    done = subprocess.run(both, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    one, two = (lines(next((tmp_path / name).iterdir())) for name in ("one", "two"))
+    assert one.keys() == two.keys() == {2, 3}
+    for step, row in one.items():
+        assert two[step] == pytest.approx(row, rel=1e-6, abs=1e-6)
 
 
 PROMPTED = """
