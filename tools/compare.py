@@ -12,20 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import tempfile
-import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_rows import train_row, untrained_row
 
-from fewstep import build, config, measure
+from fewstep import config, measure
 from fewstep.config import Config
-from fewstep.models.passes import PassCounter, networks_of
-from fewstep.train import checkpoint
-from fewstep.train.loop import train
 
 OBJECTIVES = ("dmd", "dmd2", "phased_dmd", "consistency", "rectified_flow")
 
@@ -87,47 +83,14 @@ def configs_of(board: Board, name: str, teacher: str, steps: int) -> list[Config
     return config.load(board.configs / f"{name}{several}.yaml", overrides)
 
 
-def train_stage(stage: Config, budget: int, root: Path, previous: Path | None) -> tuple[build.Run, dict[str, float]]:
-    """Trains until `budget` passes are spent; returns the run and what it cost."""
-    run = build.build(stage, previous)
-    counter = PassCounter(networks_of(run.triad.generator, run.triad.real_score, run.triad.fake_score))
-    began = time.process_time()
-    build.prepare(run, root, previous)
-    spent: dict[str, float] = {"images": 0.0}
-
-    def after(step: int, logs: dict[str, float]) -> bool:
-        spent["images"] += stage.batch
-        return counter.total >= budget
-
-    train(run.objective, build.batches(run), run.players, range(stage.steps), after)
-    checkpoint.save(root / "checkpoints", 1, run.players, run.objective)
-    counter.close()
-    return run, {**spent, "passes": counter.total, "stopped": counter.stopped, "seconds": time.process_time() - began}
-
-
 def one(board: Board, name: str, teacher: str, steps: int, passes: int, samples: int) -> dict[str, Any]:
-    stages = configs_of(board, name, teacher, steps)
-    cost: dict[str, float] = {}
-    previous: Path | None = None
-    with tempfile.TemporaryDirectory() as temporary:
-        for i, stage in enumerate(stages):
-            root = Path(temporary) / f"stage_{i + 1}"
-            root.mkdir()
-            left = passes - cost.get("passes", 0)
-            run, spent = train_stage(stage, int(left / (len(stages) - i)), root, previous)
-            cost = {k: cost.get(k, 0) + v for k, v in spent.items()}
-            previous = root
-    net, rollout = measure.student(run)
-    row = measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
-    return {"objective": name, "teacher": teacher, "steps": steps, **row, "training": cost}
+    row = train_row(name, configs_of(board, name, teacher, steps), passes, samples)
+    return {"objective": name, "teacher": teacher, "steps": steps, **row}
 
 
 def undistilled(board: Board, name: str, teacher: str, steps: int, samples: int) -> dict[str, Any]:
     """The teacher itself, at the student's step count or at many."""
-    run = build.build(configs_of(board, "dmd2", teacher, 1)[0])
-    net, rollout = measure.teacher(run, steps)
-    stored = measure.stored_row(run, samples) if steps == measure.TEACHER_STEPS else None
-    row = stored or measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
+    row = untrained_row(name, configs_of(board, "dmd2", teacher, 1)[0], steps, samples)
     return {"objective": name, "teacher": teacher, "steps": steps, **row}
 
 

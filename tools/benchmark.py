@@ -1,0 +1,185 @@
+"""Any set of objectives from one teacher, one start, one budget of network passes and the same seeds: table and plots.
+
+    python tools/benchmark.py BOARD [--only NAME ...] [--configs FILE ...] [--seeds 0 1 2] [--jobs 2] [--commit]
+
+A board is a folder under assets/benchmarks: rows.jsonl, a line for each row and seed, table.md and plots. A row takes
+a few minutes of one core and is kept under a key, the hash of its config, its budget and the code of its objective, as
+soon as it is measured: the same command goes on with what is missing. `--show` only draws again. A pass is one
+sample through one network, forwards or backwards; making pairs counts, measuring does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import benchmark_plots
+import torch
+from benchmark_rows import train_row, untrained_row
+from tqdm import tqdm
+
+from fewstep import config, measure
+from fewstep.core.errors import UserError
+
+RESULTS = Path("assets/benchmarks")
+PASSES, SAMPLES = 80_000, 10_000
+METHODS = (
+    "dmd",
+    "dmd2",
+    "phased_dmd",
+)
+BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
+"""Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
+BASELINES = {"teacher": measure.TEACHER_STEPS, "undistilled": 1, "undistilled_four_steps": 4}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row that is wanted: a config file, or one of BASELINES, and a seed."""
+
+    name: str
+    file: str | None
+    seed: int
+
+    def stages(self) -> list[config.Config]:
+        return config.load(self.file or "configs/scenes/dmd2.yaml", [f"seed={self.seed}", "steps=1000000"])
+
+    def key(self, passes: int, samples: int) -> str:
+        """The hash of all that decides the row: config, budget and the code of its objectives."""
+        stages = [asdict(stage) for stage in self.stages()]
+        code = sorted({code_of(f"fewstep.objectives.{stage['objective']['name']}") for stage in stages})
+        told = json.dumps([self.name, self.seed, stages, passes, samples, code], sort_keys=True, default=str)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def row(self, passes: int, samples: int) -> dict[str, Any]:
+        stages = self.stages()
+        if self.file is None:
+            steps = BASELINES[self.name]
+            return {"steps": steps, **untrained_row(self.name, stages[0], steps, samples)}
+        return {"steps": stages[-1].model.steps, **train_row(self.name, stages, passes, samples)}
+
+
+@cache
+def code_of(module: str) -> str:
+    """The hash of a module's source and of all that it imports from fewstep, directly or not."""
+    seen: dict[str, str] = {}
+
+    def look(name: str) -> None:
+        spec = importlib.util.find_spec(name) if name not in seen else None
+        if spec is None or spec.origin is None:
+            return
+        text = Path(spec.origin).read_text()
+        seen[name] = hashlib.sha256(ast.dump(ast.parse(text)).encode()).hexdigest()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fewstep"):
+                look(node.module or "")
+                for alias in node.names:
+                    if (Path(spec.origin).parents[0] / f"{alias.name}.py").exists() or node.module == "fewstep":
+                        look(f"{node.module}.{alias.name}")
+
+    look(module)
+    return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()[:16]
+
+
+def entries(board: str, files: list[str], only: list[str], seeds: list[int]) -> list[Entry]:
+    """The baselines once, then every config for every seed, all of one seed first."""
+    found = []
+    for file in files or BOARDS.get(board, ()):
+        several = Path(file).with_name(f"{Path(file).stem}_four_steps.yaml")
+        found += [file, str(several)] if not files and several.exists() else [file]
+    if not found:
+        raise UserError(f"the board {board} has no configs of its own: name them by --configs")
+    named = [(name, None, 0) for name in BASELINES]
+    named += [(Path(file).stem, file, seed) for seed in seeds for file in found]
+    return [Entry(*one) for one in named if not only or one[0] in only]
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "rows.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def keep(folder: Path, entry: Entry, key: str, row: dict[str, Any], budget: tuple[int, int]) -> None:
+    """Adds a line; an older one of the same name and seed, of other code or settings, gives way to it."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    row = {**row, "name": entry.name, "seed": entry.seed, "key": key, "budget": budget[0], "commit": commit}
+    row |= {"date": f"{date.today():%Y-%m-%d}", "hardware": f"CPU, {torch.get_num_threads()} thread(s)"}
+    row.pop("rare", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [old for old in load(folder) if (old["name"], old["seed"]) != (entry.name, entry.seed)]
+    aside = folder / "rows.jsonl.partial"
+    aside.write_text("".join(json.dumps(line) + "\n" for line in [*others, row]))
+    os.replace(aside, folder / "rows.jsonl")
+
+
+def alone(board: str, entry: Entry, budget: tuple[int, int]) -> subprocess.CompletedProcess[str]:
+    """The row by a process of its own with one thread; its last line is the row."""
+    command = [sys.executable, __file__, board, "--row", json.dumps([*asdict(entry).values(), *budget])]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run_all(board: str, wanted: list[Entry], budget: tuple[int, int], jobs: int, commit: bool) -> None:
+    """Makes the missing rows, `jobs` at a time. Raises UserError for those that could not be made, at the end."""
+    folder, failed = RESULTS / board, []
+    known = {row["key"] for row in load(folder)}
+    left = {entry: key for entry in wanted if (key := entry.key(*budget)) not in known}
+    print(f"{len(wanted) - len(left)} of {len(wanted)} rows are there", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        at_work = {pool.submit(alone, board, entry, budget): entry for entry in left}
+        for made in tqdm(as_completed(at_work), total=len(left), unit="row", dynamic_ncols=True):
+            entry, done = at_work[made], made.result()
+            if done.returncode:
+                failed.append(f"{entry.name}, seed {entry.seed} ({done.stderr.splitlines()[-1]})")
+                continue
+            keep(folder, entry, left[entry], json.loads(done.stdout.splitlines()[-1]), budget)
+            if commit:
+                said = f"Benchmark {board}: {entry.name}, seed {entry.seed}"
+                subprocess.run(["git", "add", str(folder)], check=True)
+                subprocess.run(["git", "commit", "-qm", said, str(folder)], check=True)
+    if failed:
+        raise UserError(f"no row came of {'; '.join(failed)}: the others are kept")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("board", help=f"a folder under {RESULTS}: {', '.join(BOARDS)}, or a new one with --configs")
+    parser.add_argument("--configs", nargs="+", default=[], help="config files; default: those of the board")
+    parser.add_argument("--only", nargs="+", default=[], help="names of rows; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--passes", type=int, default=PASSES, help="the budget of a row")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="images measured for a row")
+    parser.add_argument("--jobs", type=int, default=1, help="rows made at once, each on one core")
+    parser.add_argument("--commit", action="store_true", help="commit every row as it is finished")
+    parser.add_argument("--show", action="store_true", help="draw table and plots again, train nothing")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        name, file, seed, passes, samples = json.loads(args.row)
+        torch.set_num_threads(1)
+        print(json.dumps(Entry(name, file, seed).row(passes, samples)))
+        return
+    try:
+        if not args.show:
+            wanted = entries(args.board, args.configs, args.only, args.seeds)
+            run_all(args.board, wanted, (args.passes, args.samples), args.jobs, args.commit)
+    except UserError as error:
+        sys.exit(f"benchmark: {error}")
+    finally:
+        if rows := load(RESULTS / args.board):
+            benchmark_plots.write(RESULTS / args.board, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""One row of a comparison: an objective trained for a number of network passes, then measured."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep import build, measure
+from fewstep.config import Config
+from fewstep.models.passes import PassCounter, networks_of
+from fewstep.train import checkpoint
+from fewstep.train.loop import train
+
+
+def train_stage(stage: Config, budget: int, root: Path, previous: Path | None) -> tuple[build.Run, dict[str, float]]:
+    """Trains until `budget` passes are spent, making pairs included; returns the run and what it cost."""
+    run = build.build(stage, previous)
+    counter = PassCounter(networks_of(run.triad.generator, run.triad.real_score, run.triad.fake_score))
+    began = time.process_time()
+    build.prepare(run, root, previous)
+    spent: dict[str, float] = {"images": 0.0}
+
+    def after(step: int, logs: dict[str, float]) -> bool:
+        spent["images"] += stage.batch
+        return counter.total >= budget
+
+    train(run.objective, build.batches(run), run.players, range(stage.steps), after)
+    checkpoint.save(root / "checkpoints", 1, run.players, run.objective)
+    counter.close()
+    return run, {**spent, "passes": counter.total, "stopped": counter.stopped, "seconds": time.process_time() - began}
+
+
+def train_row(name: str, stages: Sequence[Config], passes: int, samples: int) -> dict[str, Any]:
+    """The measures of the student that `passes`, shared out evenly to the stages, have made; `training` is the cost."""
+    cost: dict[str, float] = {}
+    previous: Path | None = None
+    with tempfile.TemporaryDirectory() as temporary:
+        for i, stage in enumerate(stages):
+            root = Path(temporary) / f"stage_{i + 1}"
+            root.mkdir()
+            left = passes - cost.get("passes", 0)
+            run, spent = train_stage(stage, int(left / (len(stages) - i)), root, previous)
+            cost = {k: cost.get(k, 0) + v for k, v in spent.items()}
+            previous = root
+    net, rollout = measure.student(run)
+    row = measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
+    return {**row, "training": cost}
+
+
+def untrained_row(name: str, stage: Config, steps: int, samples: int) -> dict[str, Any]:
+    """The measures of the teacher of `stage` itself, at `steps` steps."""
+    run = build.build(stage)
+    net, rollout = measure.teacher(run, steps)
+    stored = measure.stored_row(run, samples) if steps == measure.TEACHER_STEPS else None
+    return stored or measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
