@@ -49,6 +49,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "whole": {**GAN, "exits": WHOLE, "regression": 0.5},
     },
     "phased_dmd": {"": {"ratio": 2}},
+    "sid": {"": {}, "plain": {"alpha": 0.5, "weight": "none", "ratio": 2}},
+    "sida": {"": {"gan_weight": 0.5, "gan_critic_weight": 0.5}},
+    "swiftbrush": {"": {"label_dropout": 0.5}},
     "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
     "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
 }
