@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "phased_dmd": {"": {"ratio": 2}},
     "sid": {"": {}, "plain": {"alpha": 0.5, "weight": "none", "ratio": 2}},
     "sida": {"": {"gan_weight": 0.5, "gan_critic_weight": 0.5}},
+    "snoopi": {"": {"label_dropout": 0.5}},
     "swiftbrush": {"": {"label_dropout": 0.5}},
     "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
     "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
