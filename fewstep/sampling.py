@@ -25,6 +25,7 @@ from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.codec import CODECS, Codec, open_codec
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.negative import NegativeAttention
 from fewstep.rollout import Rollout, TransitionName, transition
 from fewstep.sampling_arguments import add_arguments
 
@@ -78,6 +79,13 @@ class Sampler:
         return measure.generate(
             self.net, self.rollout, at, count, self.shape, seed, batch=self.at_once, progress=True, decode=self.decode
         )
+
+    def led_away(self, scale: float, prompt: str) -> Sampler:
+        """The same, whose cross-attention loses `scale` times what it finds of a negative prompt. Raises UserError."""
+        if self.encode is None:
+            raise UserError("--negative is for generators that read prompts, and this one does not: leave it out")
+        negative = self.encode([prompt]).inputs["encoder_hidden_states"]
+        return dataclasses.replace(self, net=NegativeAttention(self.net, scale, negative))
 
     def _told(self, asked: Sequence[Asked]) -> Condition:
         if self.encode is not None:
@@ -329,9 +337,15 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--count is at least 1, but {args.count} was given")
     if args.batch is not None and args.batch < 1:
         raise UserError(f"--batch is at least 1, but {args.batch} was given")
+    if (args.negative is None) != (args.negative_attention is None):
+        raise UserError('--negative "what not to show" and --negative-attention 0.2 go together: give both or neither')
+    if args.negative_attention is not None and not 0 <= args.negative_attention <= 1:
+        raise UserError(f"--negative-attention is a number from 0 to 1, but {args.negative_attention} was given")
     out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
     writable(out)
     sampler = open_folder(Path(args.run), args.steps, args.guidance, args.checkpoint)
+    if args.negative is not None:
+        sampler = sampler.led_away(args.negative_attention, args.negative)
     asked = chosen(args, sampler)
     count = args.count or (len(asked) * (1 if args.prompts_file else 4) or 16)
     began = time.perf_counter()

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
     parser.add_argument("--steps", type=int, help="network passes; default: what it was trained or saved for")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: what the run says, or 1")
+    parser.add_argument("--negative", metavar="PROMPT", help="what the images shall not show: see --negative-attention")
+    parser.add_argument("--negative-attention", type=float, metavar="A", help="how strongly, 0 to 1: Z+ - A Z- (NASA)")
     parser.add_argument("--checkpoint", type=step, metavar="STEP|best", help="of a run; default: its newest checkpoint")
     parser.add_argument("--out", default="samples.png", help="the PNG with all images")
     parser.add_argument("--individual", action="store_true", help="also one PNG an image, in a folder beside it")

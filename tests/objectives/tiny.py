@@ -54,6 +54,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"phase": "distill"},
         "paths": {"phase": "distill", "states": "teacher"},
     },
+    "sid": {"": {}, "plain": {"alpha": 0.5, "weight": "none", "ratio": 2}},
+    "sida": {"": {"gan_weight": 0.5, "gan_critic_weight": 0.5}},
+    "snoopi": {"": {"label_dropout": 0.5}},
+    "swiftbrush": {"": {"label_dropout": 0.5}},
     "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""

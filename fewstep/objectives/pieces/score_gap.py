@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import NoiseSchedule, bridge, expand
 
-Weight = Literal["abs_mean", "snr", "none"]
+Weight = Literal["abs_mean", "snr", "alpha_sigma", "none"]
 
 
 def noised(schedule: NoiseSchedule, x: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -47,10 +47,16 @@ def signals(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
 def direction(
     real: Tensor, fake: Tensor, x0: Tensor, weight: Weight, schedule: NoiseSchedule, s: Tensor, t: Tensor
 ) -> Tensor:
-    """The weighted gap (B, *S): (F - R) / mean |x0 - R|, alpha_t a / sigma_t^2 (F - R), or F - R."""
+    """The weighted gap (B, *S): (F - R) / mean |x0 - R|, alpha_t a / sigma_t^2 (F - R), alpha_t sigma_t (F - R), F - R.
+
+    alpha_sigma is sigma^2 on the gap of the predicted noises (SwiftBrush).
+    """
     gap = fake - real
     if weight == "abs_mean":
         return gap / abs_mean(x0, real)
+    if weight == "alpha_sigma":
+        c = schedule.at(t, x0)
+        return c.alpha * c.sigma * gap
     return gap * kl_weight(schedule, s, t, x0) if weight == "snr" else gap
 
 

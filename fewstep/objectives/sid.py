@@ -1,0 +1,72 @@
+"""Score identity distillation (Zhou et al. 2024, arXiv:2404.04057): the Fisher divergence, made trainable.
+
+Generator: (R - F) [(R - x) - alpha (R - F)] / mean |x - R|, differentiated through x and through R and F as functions
+of x_t; alpha = 1/2 is half the gradient of E |R - F|^2 for the critic that knows the generator. Critic: denoising.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core.batch import Batch
+from fewstep.core.errors import UserError
+from fewstep.core.prediction import Prediction
+from fewstep.core.schedule import add_noise
+from fewstep.core.times import Times
+from fewstep.models.backbone import frozen
+from fewstep.objectives import diff_instruct
+from fewstep.objectives.base import Logs
+from fewstep.objectives.pieces.carried import carried
+from fewstep.objectives.pieces.exits import Exits
+from fewstep.objectives.pieces.score_gap import abs_mean, signals
+from fewstep.rollout import Sample
+
+
+@dataclass
+class Config:
+    name: str = "sid"
+    alpha: float = 1.2
+    """how much of the divergence as it stands is taken off: 1.2 (the paper's) | 1 | 0.5 (the exact gradient)"""
+    weight: Literal["abs_mean", "none"] = "abs_mean"
+    """of the loss: abs_mean (the paper's) | none"""
+    times: Times = field(default_factory=lambda: Times(low=0.02, high=0.98))
+    """times at which the scores are compared"""
+    critic_times: Times = field(default_factory=Times)
+    """times at which the critic is trained"""
+    ratio: int = 1
+    """critic moves for each generator move"""
+    exits: Exits = field(default_factory=Exits)
+    """of several steps: the one that is trained"""
+
+    def __post_init__(self) -> None:
+        if self.ratio < 1:
+            raise UserError(f"objective.ratio is at least 1, but {self.ratio} was given")
+
+
+class Objective(diff_instruct.Objective):
+    def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
+        t = self.draw_time(batch, "sid.t", self.config.times)
+        eps = batch.draw.normal("sid.eps", sample.x0.shape[1:])
+        # Taken here, while the weights are frozen: a checkpointed block would be recomputed unfrozen in backward.
+        x = sample.x0.detach().requires_grad_()
+        with frozen(self.triad.fake_score):
+            loss, logs = self.divergence(x, add_noise(self.triad.generator.schedule, x, eps, t), t, batch)
+            (slope,) = torch.autograd.grad(loss, x)
+        return carried(loss, slope, sample.x0), logs
+
+    def divergence(self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+        """The loss as a function of the samples x and of x_t, which is made of them."""
+        real, fake = self.triad.real_score(x_t, t, batch.cond), self.triad.fake_score(x_t, t, batch.cond)
+        return self.identity(x, real, fake), signals(x, real.x0, fake.x0)
+
+    def identity(self, x: Tensor, real: Prediction, fake: Prediction) -> Tensor:
+        """Mean of (R - F) [(R - x) - alpha (R - F)], weighted."""
+        # Networks that were constants in x_t would make this nearly the plain score gap, whatever alpha is.
+        assert real.value.requires_grad and fake.value.requires_grad, "both scores are differentiable in x_t"
+        gap = real.x0 - fake.x0
+        terms = gap * (real.x0 - x - self.config.alpha * gap)
+        return (terms / abs_mean(x, real.x0) if self.config.weight == "abs_mean" else terms).mean()

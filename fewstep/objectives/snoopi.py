@@ -1,0 +1,77 @@
+"""SNOOPI's PG-SB (Nguyen et al. 2024, arXiv:2412.02687): SwiftBrush with a guidance that is drawn at every step.
+
+kappa ~ U(low, high), alike for the batch, guides the teacher and the critic of that step; model.guidance is not asked.
+A fixed guidance suits one backbone and ruins another. The paper's NASA is `fewstep sample --negative-attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from fewstep.core.batch import Batch, Condition
+from fewstep.core.errors import UserError
+from fewstep.core.times import Times
+from fewstep.models.backbone import Guided
+from fewstep.objectives import swiftbrush
+from fewstep.objectives.base import Triad
+from fewstep.objectives.dmd2 import teacher_of
+from fewstep.objectives.pieces.exits import Exits
+from fewstep.objectives.pieces.score_gap import Weight
+
+_SHARES = 1 << 20  # a shared draw is an integer: this many values of kappa
+
+
+@dataclass
+class Config:
+    name: str = "snoopi"
+    guidance_low: float = 0.5
+    """least guidance of both scores"""
+    guidance_high: float = 4.0
+    """most guidance of both scores"""
+    weight: Weight = "alpha_sigma"
+    """of the score gap: alpha_sigma (the paper's) | snr (the exact KL gradient) | abs_mean | none"""
+    times: Times = field(default_factory=lambda: Times(low=0.02, high=0.98))
+    """times at which the scores are compared"""
+    critic_times: Times = field(default_factory=Times)
+    """times at which the critic is trained"""
+    label_dropout: float = 0.1
+    """share of samples on which the critic is trained without their condition"""
+    ratio: int = 1
+    """critic moves for each generator move"""
+    exits: Exits = field(default_factory=Exits)
+    """of several steps: the one that is trained"""
+
+    def __post_init__(self) -> None:
+        if self.ratio < 1:
+            raise UserError(f"objective.ratio is at least 1, but {self.ratio} was given")
+        if not 0 <= self.guidance_low <= self.guidance_high:
+            raise UserError(
+                "objective.guidance_low and objective.guidance_high are numbers from 0 in this order, but "
+                f"{self.guidance_low} and {self.guidance_high} were given"
+            )
+        if not 0 < self.label_dropout < 1:
+            raise UserError(
+                f"objective.label_dropout is a share between 0 and 1, but {self.label_dropout} was given: a guided "
+                "critic has to learn what it says without a condition"
+            )
+
+
+class Objective(swiftbrush.Objective):
+    def attach(self, x: Tensor, cond: Condition) -> None:
+        if not cond.inputs:
+            raise UserError(
+                "objective snoopi guides both scores, but these networks are told nothing: use swiftbrush with "
+                "model.guidance=1, or data with labels or prompts"
+            )
+
+    def compared(self, batch: Batch) -> Triad:
+        teacher, fake_score = teacher_of(self.triad.real_score), self.triad.fake_score
+        kappa = self.kappa(batch)
+        return replace(self.triad, real_score=Guided(teacher, kappa), fake_score=Guided(fake_score, kappa))
+
+    def kappa(self, batch: Batch) -> float:
+        """The guidance of this step, alike for all samples, micro-batches and processes."""
+        low, high = self.config.guidance_low, self.config.guidance_high
+        return low + (high - low) * batch.draw.shared_integer("snoopi.kappa", _SHARES) / (_SHARES - 1)
