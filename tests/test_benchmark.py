@@ -17,12 +17,23 @@ from fewstep.core.errors import UserError
 DMD, DMD2 = (benchmark.Entry(name, f"configs/scenes/{name}.yaml", 0) for name in ("dmd", "dmd2"))
 
 
-def test_a_key_knows_config_seed_budget_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {DMD.key(100, 50), DMD2.key(100, 50), DMD.key(101, 50), DMD.key(100, 51)}
-    keys.add(benchmark.Entry("dmd", DMD.file, 1).key(100, 50))
-    assert len(keys) == 5 and DMD.key(100, 50) in keys
+def test_hashes_know_config_seed_budget_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {DMD.settings((100, 50)), DMD2.settings((100, 50)), DMD.settings((101, 50)), DMD.settings((100, 51))}
+    keys.add(benchmark.Entry("dmd", DMD.file, 1).settings((100, 50)))
+    assert len(keys) == 5 and DMD.settings((100, 50)) in keys
+    before = DMD.code(), DMD2.code()
+    assert before[0] != before[1]
     monkeypatch.setattr(benchmark, "code_of", lambda module: "other")
-    assert DMD.key(100, 50) not in keys
+    assert DMD.code() not in before
+
+
+def test_only_what_is_missing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark.keep(tmp_path, DMD, row(9.0, 0.5), (100, 50))
+    assert benchmark.missing(tmp_path, [DMD, DMD2], (100, 50), False) == [DMD2]
+    assert benchmark.missing(tmp_path, [DMD], (200, 50), False) == [DMD]
+    monkeypatch.setattr(benchmark, "code_of", lambda module: "other")
+    assert benchmark.missing(tmp_path, [DMD], (100, 50), False) == []
+    assert benchmark.missing(tmp_path, [DMD], (100, 50), True) == [DMD]
 
 
 def test_the_code_of_a_method_is_all_that_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +62,7 @@ def row(frechet: float, coverage: float) -> dict[str, object]:
 def test_a_row_is_kept_once_and_the_table_has_mean_and_deviation(tmp_path: Path) -> None:
     for seed, frechet in ((0, 9.0), (1, 11.0), (0, 10.0)):
         entry = benchmark.Entry("dmd", "configs/scenes/dmd.yaml", seed)
-        benchmark.keep(tmp_path, entry, f"key{seed}", row(frechet, 0.5 + seed / 10), (80_000, 100))
+        benchmark.keep(tmp_path, entry, row(frechet, 0.5 + seed / 10), (80_000, 100))
     rows = benchmark.load(tmp_path)
     assert [(kept["seed"], kept["frechet"]) for kept in rows] == [(1, 11.0), (0, 10.0)]
     benchmark_plots.write(tmp_path, rows)

@@ -1,11 +1,12 @@
 """Any set of objectives from one teacher, one start, one budget of network passes and the same seeds: table and plots.
 
-    python tools/benchmark.py BOARD [--only NAME ...] [--configs FILE ...] [--seeds 0 1 2] [--jobs 2] [--commit]
+    python tools/benchmark.py BOARD [--only NAME ...] [--configs FILE ...] [--seeds 0 1 2] [--jobs 2] [--commit] [--again]
 
 A board is a folder under assets/benchmarks: rows.jsonl, a line for each row and seed, table.md and plots. A row takes
-a few minutes of one core and is kept under a key, the hash of its config, its budget and the code of its objective, as
-soon as it is measured: the same command goes on with what is missing. `--show` only draws again. A pass is one
-sample through one network, forwards or backwards; making pairs counts, measuring does not.
+a few minutes of one core and is kept under two hashes, of its config with the budget and of the code of its objective,
+as soon as it is measured: the same command goes on with what is missing, and with `--again` also with rows of other
+code. `--show` only draws again. A pass is one sample through one network, forwards or backwards; making pairs counts,
+measuring does not.
 """
 
 from __future__ import annotations
@@ -39,10 +40,19 @@ METHODS = (
     "dmd",
     "dmd2",
     "phased_dmd",
+    "diff_instruct",
+    "swiftbrush",
+    "snoopi",
+    "sid",
+    "sida",
 )
 BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
 BASELINES = {"teacher": measure.TEACHER_STEPS, "undistilled": 1, "undistilled_four_steps": 4}
+
+
+Budget = tuple[int, int]
+"""Network passes of the training, and images measured."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,15 @@ class Entry:
     def stages(self) -> list[config.Config]:
         return config.load(self.file or "configs/scenes/dmd2.yaml", [f"seed={self.seed}", "steps=1000000"])
 
-    def key(self, passes: int, samples: int) -> str:
-        """The hash of all that decides the row: config, budget and the code of its objectives."""
+    def settings(self, budget: Budget) -> str:
+        """The hash of the config, the seed and the budget."""
         stages = [asdict(stage) for stage in self.stages()]
-        code = sorted({code_of(f"fewstep.objectives.{stage['objective']['name']}") for stage in stages})
-        told = json.dumps([self.name, self.seed, stages, passes, samples, code], sort_keys=True, default=str)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        return digest([self.name, self.seed, stages, budget])
+
+    def code(self) -> str:
+        """The hash of the code of its objectives."""
+        names = {stage.objective.name for stage in self.stages()}  # type: ignore[attr-defined]
+        return digest(sorted(code_of(f"fewstep.objectives.{name}") for name in names))
 
     def row(self, passes: int, samples: int) -> dict[str, Any]:
         stages = self.stages()
@@ -69,6 +82,10 @@ class Entry:
             steps = BASELINES[self.name]
             return {"steps": steps, **untrained_row(self.name, stages[0], steps, samples)}
         return {"steps": stages[-1].model.steps, **train_row(self.name, stages, passes, samples)}
+
+
+def digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @cache
@@ -90,7 +107,7 @@ def code_of(module: str) -> str:
                         look(f"{node.module}.{alias.name}")
 
     look(module)
-    return hashlib.sha256(json.dumps(sorted(seen.items())).encode()).hexdigest()[:16]
+    return digest(sorted(seen.items()))
 
 
 def entries(board: str, files: list[str], only: list[str], seeds: list[int]) -> list[Entry]:
@@ -111,10 +128,11 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def keep(folder: Path, entry: Entry, key: str, row: dict[str, Any], budget: tuple[int, int]) -> None:
+def keep(folder: Path, entry: Entry, row: dict[str, Any], budget: Budget) -> None:
     """Adds a line; an older one of the same name and seed, of other code or settings, gives way to it."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    row = {**row, "name": entry.name, "seed": entry.seed, "key": key, "budget": budget[0], "commit": commit}
+    row = {**row, "name": entry.name, "seed": entry.seed, "budget": budget[0], "commit": commit}
+    row |= {"settings": entry.settings(budget), "code": entry.code()}
     row |= {"date": f"{date.today():%Y-%m-%d}", "hardware": f"CPU, {torch.get_num_threads()} thread(s)"}
     row.pop("rare", None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,18 +142,26 @@ def keep(folder: Path, entry: Entry, key: str, row: dict[str, Any], budget: tupl
     os.replace(aside, folder / "rows.jsonl")
 
 
-def alone(board: str, entry: Entry, budget: tuple[int, int]) -> subprocess.CompletedProcess[str]:
+def alone(board: str, entry: Entry, budget: Budget) -> subprocess.CompletedProcess[str]:
     """The row by a process of its own with one thread; its last line is the row."""
     command = [sys.executable, __file__, board, "--row", json.dumps([*asdict(entry).values(), *budget])]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def run_all(board: str, wanted: list[Entry], budget: tuple[int, int], jobs: int, commit: bool) -> None:
-    """Makes the missing rows, `jobs` at a time. Raises UserError for those that could not be made, at the end."""
+def missing(folder: Path, wanted: list[Entry], budget: Budget, again: bool) -> list[Entry]:
+    """Those that have no row yet; with `again` also those whose row was made by other code."""
+    known = {row["settings"]: row["code"] for row in load(folder)}
+    found = {entry: known.get(entry.settings(budget)) for entry in wanted}
+    older = [entry for entry, code in found.items() if code not in (None, entry.code())]
+    left = [entry for entry, code in found.items() if code is None or (again and entry in older)]
+    told = f", {len(older)} of them by other code (--again makes them again)" if older and not again else ""
+    print(f"{len(wanted) - len(left)} of {len(wanted)} rows are there{told}", flush=True)
+    return left
+
+
+def run_all(board: str, left: list[Entry], budget: Budget, jobs: int, commit: bool) -> None:
+    """Makes the rows, `jobs` at a time. Raises UserError for those that could not be made, at the end."""
     folder, failed = RESULTS / board, []
-    known = {row["key"] for row in load(folder)}
-    left = {entry: key for entry in wanted if (key := entry.key(*budget)) not in known}
-    print(f"{len(wanted) - len(left)} of {len(wanted)} rows are there", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         at_work = {pool.submit(alone, board, entry, budget): entry for entry in left}
         for made in tqdm(as_completed(at_work), total=len(left), unit="row", dynamic_ncols=True):
@@ -143,7 +169,7 @@ def run_all(board: str, wanted: list[Entry], budget: tuple[int, int], jobs: int,
             if done.returncode:
                 failed.append(f"{entry.name}, seed {entry.seed} ({done.stderr.splitlines()[-1]})")
                 continue
-            keep(folder, entry, left[entry], json.loads(done.stdout.splitlines()[-1]), budget)
+            keep(folder, entry, json.loads(done.stdout.splitlines()[-1]), budget)
             if commit:
                 said = f"Benchmark {board}: {entry.name}, seed {entry.seed}"
                 subprocess.run(["git", "add", str(folder)], check=True)
@@ -162,6 +188,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="images measured for a row")
     parser.add_argument("--jobs", type=int, default=1, help="rows made at once, each on one core")
     parser.add_argument("--commit", action="store_true", help="commit every row as it is finished")
+    parser.add_argument("--again", action="store_true", help="also rows that other code has made")
     parser.add_argument("--show", action="store_true", help="draw table and plots again, train nothing")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -173,7 +200,9 @@ def main() -> None:
     try:
         if not args.show:
             wanted = entries(args.board, args.configs, args.only, args.seeds)
-            run_all(args.board, wanted, (args.passes, args.samples), args.jobs, args.commit)
+            budget = (args.passes, args.samples)
+            left = missing(RESULTS / args.board, wanted, budget, args.again)
+            run_all(args.board, left, budget, args.jobs, args.commit)
     except UserError as error:
         sys.exit(f"benchmark: {error}")
     finally:
