@@ -1,6 +1,6 @@
 """Any set of objectives from one teacher, one start, one budget of network passes and the same seeds: table and plots.
 
-    python tools/benchmark.py BOARD [--only NAME ...] [--configs FILE ...] [--seeds 0 1 2] [--jobs 2] [--commit] [--again]
+    python tools/benchmark.py BOARD [--only NAME ...] [--configs FILE ...] [--seeds 0 1 2] [--jobs 2] [--again]
 
 A board is a folder under assets/benchmarks: rows.jsonl, a line for each row and seed, table.md and plots. A row takes
 a few minutes of one core and is kept under two hashes, of its config with the budget and of the code of its objective,
