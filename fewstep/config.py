@@ -411,20 +411,21 @@ def describe_objectives(name: str | None) -> str:
     module = objectives.find(name)
     default = OmegaConf.to_container(OmegaConf.structured(module.Config))
     assert isinstance(default, dict)
-    comments = _comments(module.Config)
+    said = comments(module.Config)
     rows = []
     for key, value in default.items():
-        rows += ([f"# {comments[key]}"] if key in comments else []) + [f"{key!s}: {_inline(value)}"]
+        rows += ([f"# {said[key]}"] if key in said else []) + [f"{key!s}: {inline(value)}"]
     return f"{(module.__doc__ or '').strip()}\n\n" + "\n".join(rows)
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
+    """A value of a config on one line, as YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _comments(schema: type) -> dict[str, str]:
+def comments(schema: type) -> dict[str, str]:
     """Field -> the string below it in the source of a config dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
     found = {}

@@ -23,7 +23,7 @@ MARKERS = {1: "o", 4: "s"}
 
 def write(folder: Path, rows: list[Row]) -> None:
     """table.md, quality_diversity.png and cost.png in `folder`."""
-    rows = [_with_rare(row) for row in rows]
+    rows = [with_rare(row) for row in rows]
     by_name: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_name[row["name"]].append(row)
@@ -33,7 +33,7 @@ def write(folder: Path, rows: list[Row]) -> None:
     cost(folder / "cost.png", [own for own in methods if "training" in own[0]])
 
 
-def _with_rare(row: Row) -> Row:
+def with_rare(row: Row) -> Row:
     return {**row, "rare": int(str(row["rare_kept"]).split("/")[0])} if "rare_kept" in row else row
 
 
