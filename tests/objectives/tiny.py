@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {**GAN, "backward_simulation": False},
         "free": {"gan_weight": 0.0, "ratio": 2},
         "whole": {**GAN, "exits": WHOLE, "regression": 0.5},
+        "smooth": {**GAN, "gan_r1": 10.0, "gan_taps": ["down_blocks.1", "mid_block"]},
     },
     "phased_dmd": {"": {"ratio": 2}},
     "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
