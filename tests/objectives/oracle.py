@@ -346,10 +346,10 @@ def learn(
     shape: tuple[int, ...] = (32,),
     extra: Callable[[Draw], dict[str, Any]] = lambda draw: {},
 ) -> None:
-    """`steps` real training steps on unit noise; `extra(draw)` gives x0 or pair."""
+    """`steps` real training steps on unit noise; `extra(draw)` gives x0, pair or another condition."""
     for step in range(steps):
         draw = Draw(0, step, torch.arange(step * size, (step + 1) * size))
-        batch = Batch(draw.normal("noise", shape), Condition(), draw, **extra(draw))
+        batch = Batch(**{"noise": draw.normal("noise", shape), "cond": Condition(), "draw": draw, **extra(draw)})
         train_step(objective, [batch], step, players)
 
 
