@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -426,10 +426,11 @@ def inline(value: Any) -> str:
 
 
 def comments(schema: type) -> dict[str, str]:
-    """Field -> the string below it in the source of a config dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
+    """Field -> the string below it in the source of a config dataclass, or of one that it extends."""
     found = {}
-    for field_node, comment in itertools.pairwise(body):
-        if isinstance(field_node, ast.AnnAssign) and isinstance(comment, ast.Expr):
-            found[field_node.target.id] = ast.literal_eval(comment.value)  # type: ignore[union-attr]
+    for kind in filter(is_dataclass, reversed(schema.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for field_node, comment in itertools.pairwise(body):
+            if isinstance(field_node, ast.AnnAssign) and isinstance(comment, ast.Expr):
+                found[field_node.target.id] = ast.literal_eval(comment.value)  # type: ignore[union-attr]
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +51,17 @@ def head_for(features: Tensor) -> nn.Module:
 
 
 class Heads(nn.Module):
-    """One head for each tapped block; the logit is their mean."""
+    """One head for each tapped block; the logit is their mean, and `each` gives theirs."""
 
     def __init__(self, features: dict[str, Tensor]):
         super().__init__()
         self.names = tuple(features)
         self.heads = nn.ModuleList(head_for(value) for value in features.values())
 
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        return torch.stack([head(features[name]) for name, head in zip(self.names, self.heads, strict=True)]).mean(0)
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(B,)"""
+        return self.each(features).mean(1)
+
+    def each(self, features: Mapping[str, Tensor]) -> Tensor:
+        """(B, heads)"""
+        return torch.stack([head(features[name]) for name, head in zip(self.names, self.heads, strict=True)], 1)

@@ -11,7 +11,7 @@ teacher's features need a stopped forward only.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ from fewstep.objectives.base import Logs
 from fewstep.objectives.pieces import gan
 from fewstep.objectives.pieces.distances import Distance
 from fewstep.objectives.pieces.exits import Exits
+from fewstep.objectives.pieces.gan import GanLoss
 from fewstep.objectives.pieces.paired import paired_loss, refuse_fresh_noise
 from fewstep.objectives.pieces.score_gap import (
     Weight,
@@ -69,7 +70,15 @@ class Config:
     distance: Distance = "l2"
     """of the regression: l2 | l1 | huber"""
     gan_taps: list[str] = field(default_factory=list)
-    """blocks that are read; default: the family's middle block"""
+    """blocks that are read, each by a head of its own; default: the family's middle block"""
+    gan_loss: GanLoss = "softplus"
+    """softplus (non-saturating) | hinge"""
+    gan_start: int = 0
+    """step from which the discriminator reaches the generator; until then it only learns"""
+    gan_r1: float = 0.0
+    """weight of the discriminator's approximate R1 penalty beside its loss; costs another pass of the real images"""
+    gan_r1_noise: float = 0.1
+    """deviation of the noise on real images between which that penalty compares"""
 
     def __post_init__(self) -> None:
         if self.ratio < 1:
@@ -78,8 +87,10 @@ class Config:
             raise UserError("objective.critic_on_generator_step=false needs a ratio above 1: the critic never moved")
         if not self.backward_simulation and self.exits != Exits():
             raise UserError("objective.exits is for simulated inputs: set backward_simulation=true, or leave exits out")
-        if min(self.gan_weight, self.gan_critic_weight, self.regression) < 0:
-            raise UserError("objective.gan_weight, gan_critic_weight and regression are at least 0")
+        if min(self.gan_weight, self.gan_critic_weight, self.regression, self.gan_start, self.gan_r1) < 0:
+            raise UserError("objective.gan_weight, gan_critic_weight, gan_start, gan_r1 and regression are at least 0")
+        if not self.gan_r1_noise > 0:
+            raise UserError(f"objective.gan_r1_noise is a deviation above 0, but {self.gan_r1_noise} was given")
 
 
 @dataclass(frozen=True)
@@ -118,17 +129,8 @@ class Objective(base.Objective):
 
     def attach(self, x: Tensor, cond: Condition) -> None:
         """Makes the heads that fit the features of inputs such as x (B, *S)."""
-        if not self.config.gan_weight:
-            return
-        x = x.clone().requires_grad_()
-        try:
-            with frozen(self.watched):
-                features = self.watched(x, x.new_full((len(x),), 0.5), cond, taps=self.taps, stop=True).features
-        except ValueError as error:
-            raise UserError(f"objective.gan_taps: {error}") from None
-        if deaf := [name for name, feature in features.items() if not feature.requires_grad]:
-            raise UserError(f"objective.gan_taps: the block {deaf[0]} does not look at the image: choose another")
-        self.heads = Heads({name: feature.detach() for name, feature in features.items()})
+        if self.config.gan_weight:
+            self.heads = gan.heads_for(self.watched, self.taps, x, cond)
 
     def learns(self):
         return {"fake_score": [self.heads]} if self.heads is not None else {}
@@ -156,7 +158,7 @@ class Objective(base.Objective):
         return Sample(x0, 0 * rows, x0, x_t, here.level * rows, exit)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
-        look = self.look(batch, sample)
+        look = self.heard(self.look(batch, sample), step)
         return self.loss_along(batch, sample, look, self.gradient(batch, sample, look))
 
     def look(self, batch: Batch, sample: Sample) -> Look:
@@ -169,6 +171,10 @@ class Objective(base.Objective):
             real = self.triad.real_score(x_t.detach(), t, batch.cond).x0
         fake, logits, adversarial = self.judge(x_t, t, batch.cond)
         return Look(x, x_t.detach(), t, real, fake, logits, adversarial)
+
+    def heard(self, look: Look, step: int) -> Look:
+        """Without the discriminator's loss, as long as it only learns."""
+        return replace(look, adversarial=None) if step < self.config.gan_start else look
 
     def gradient(self, batch: Batch, sample: Sample, look: Look) -> Tensor:
         """Along which the generator's sample moves, (B, *S): the weighted F - R."""
@@ -188,26 +194,28 @@ class Objective(base.Objective):
         return loss, logs
 
     def judge(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The critic's x0 and the logits (B,), both detached, and softplus(-D(x_t)), differentiable in x_t alone.
+        """The critic's x0 and the logits (B,), both detached, and the GAN's loss, differentiable in x_t alone."""
+        fake_score, logits, adversarial = self.triad.fake_score, None, None
+        if self.heads is not None:
+            prediction, logits, adversarial = self.hear(x_t, t, cond, stop=self.watched is not fake_score)
+            if self.watched is fake_score:
+                return prediction.x0.detach(), logits, adversarial
+        with torch.no_grad():
+            return fake_score(x_t, t, cond).x0, logits, adversarial
+
+    def hear(self, x_t: Tensor, t: Tensor, cond: Condition, stop: bool) -> tuple[Prediction, Tensor, Tensor]:
+        """A pass of the watched network, the logits (B,) and the GAN's loss, differentiable in x_t alone.
 
         The gradient in x_t is taken here, while the weights are frozen: gradient checkpointing would recompute the
         blocks during a later backward, unfrozen, and fail.
         """
-        fake_score, heads = self.triad.fake_score, self.heads
-        if heads is None:
-            with torch.no_grad():
-                return fake_score(x_t, t, cond).x0, None, None
+        assert self.heads is not None
         x = x_t.detach().requires_grad_()
-        with frozen(self.watched), frozen(heads):
-            watched = self.watched(x, t, cond, taps=self.taps, stop=self.watched is not fake_score)
-            logits = heads(dict(watched.features))
-            loss = gan.generator_loss(logits)
-            (slope,) = torch.autograd.grad(loss, x)
-        adversarial = loss.detach() + (slope * (x_t - x_t.detach())).sum()
-        if self.watched is fake_score:
-            return watched.x0.detach(), logits.detach(), adversarial
-        with torch.no_grad():
-            return fake_score(x_t, t, cond).x0, logits.detach(), adversarial
+        with frozen(self.watched), frozen(self.heads):
+            prediction = self.watched(x, t, cond, taps=self.taps, stop=stop)
+            logits = self.heads.each(prediction.features)
+            adversarial = gan.carried(gan.generator_loss(logits, self.config.gan_loss), x, x_t)
+        return prediction, logits.detach().mean(1), adversarial
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd2.critic_t", self.config.critic_times)
@@ -229,14 +237,24 @@ class Objective(base.Objective):
             return self.watched(x_t, t, cond, taps=self.taps, stop=True)
 
     def discriminate(self, batch: Batch, fake: Prediction) -> tuple[Tensor, Logs]:
-        """softplus(l_fake) + softplus(-l_real), the real images noised on their own."""
+        """softplus(l_fake) + softplus(-l_real), the real images noised on their own, and the penalty around these."""
         assert self.heads is not None and batch.x0 is not None
         t = self.draw_time(batch, "dmd2.real_t", self.config.critic_times)
         eps = batch.draw.normal("dmd2.real_eps", batch.x0.shape[1:])
-        real = self.features(add_noise(self.triad.generator.schedule, batch.x0, eps, t), t, batch.cond)
-        fake_logits, real_logits = self.heads(dict(fake.features)), self.heads(dict(real.features))
-        loss = gan.discriminator_loss(fake_logits, real_logits)
-        return loss, {"gan/critic": loss, "gan/accuracy": gan.accuracy(fake_logits, real_logits)}
+        fake_logits, real_logits = self.heads.each(fake.features), self.opinion(batch.x0, t, eps, batch.cond)
+        loss = gan.discriminator_loss(fake_logits, real_logits, self.config.gan_loss)
+        logs = {"gan/critic": loss, "gan/accuracy": gan.accuracy(fake_logits, real_logits)}
+        if self.config.gan_r1:
+            beside = batch.x0 + self.config.gan_r1_noise * batch.draw.normal("dmd2.beside", batch.x0.shape[1:])
+            logs["gan/r1"] = gan.roughness(real_logits, self.opinion(beside, t, eps, batch.cond))
+            loss = loss + self.config.gan_r1 * logs["gan/r1"]
+        return loss, logs
+
+    def opinion(self, x0: Tensor, t: Tensor, eps: Tensor, cond: Condition) -> Tensor:
+        """The logits (B, heads) of images x0 (B, *S), noised."""
+        assert self.heads is not None
+        x_t = add_noise(self.triad.generator.schedule, x0, eps, t)
+        return self.heads.each(self.features(x_t, t, cond).features)
 
 
 def teacher_of(real_score: Backbone) -> Backbone:

@@ -16,7 +16,7 @@ from fewstep.core.schedule import VP, Flow, NoiseSchedule, bridge
 from fewstep.core.times import Step, Times
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.gaussian import GaussianModel
-from fewstep.objectives.base import Objective, Triad, Turn
+from fewstep.objectives.base import Objective, Share, Triad, Turn, Turns
 from fewstep.rollout import Rollout, ode, renoise
 from fewstep.train.loop import train_step
 from fewstep.train.player import Player, PlayerConfig
@@ -251,8 +251,8 @@ class Played:
 def play(objective: Objective, batch: Batch, step: int = 0) -> dict[str, Played]:
     """Plays the turns of one step as the loop does, without moving anything; player -> what happened."""
     result: dict[str, Played] = {}
-    for turn in objective.turns(batch, step):
-        assert isinstance(turn, Turn) and turn.player not in result
+    for turn in taken(objective.turns(batch, step)):
+        assert turn.player not in result
         for _, parameter in weights(objective):
             parameter.grad = None
         turn.loss.backward()
@@ -260,6 +260,19 @@ def play(objective: Objective, batch: Batch, step: int = 0) -> dict[str, Played]
         logs = {name: value.item() for name, value in turn.logs.items()}
         result[turn.player] = Played(turn.loss.item(), logs, gradients)
     return result
+
+
+def taken(turns: Turns) -> Iterator[Turn]:
+    """The turns of one micro-batch alone, which is answered with what it shares."""
+    answer: Tensor | None = None
+    while True:
+        try:
+            turn = turns.send(answer)
+        except StopIteration:
+            return
+        answer = turn.value if isinstance(turn, Share) else None
+        if isinstance(turn, Turn):
+            yield turn
 
 
 def jump(schedule: NoiseSchedule, t: float, s: float) -> tuple[float, float]:
@@ -333,10 +346,10 @@ def learn(
     shape: tuple[int, ...] = (32,),
     extra: Callable[[Draw], dict[str, Any]] = lambda draw: {},
 ) -> None:
-    """`steps` real training steps on unit noise; `extra(draw)` gives x0 or pair."""
+    """`steps` real training steps on unit noise; `extra(draw)` gives x0, pair or another condition."""
     for step in range(steps):
         draw = Draw(0, step, torch.arange(step * size, (step + 1) * size))
-        batch = Batch(draw.normal("noise", shape), Condition(), draw, **extra(draw))
+        batch = Batch(**{"noise": draw.normal("noise", shape), "cond": Condition(), "draw": draw, **extra(draw)})
         train_step(objective, [batch], step, players)
 
 

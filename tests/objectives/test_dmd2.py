@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import (
@@ -117,7 +119,17 @@ def test_both_cadences(together: bool) -> None:
     assert moves == [(int(step % 5 == 0), int(together or step % 5 > 0)) for step in range(11)]
 
 
-@pytest.mark.parametrize("wrong", [{"ratio": 0}, {"ratio": 1, "critic_on_generator_step": False}, {"gan_weight": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ratio": 0},
+        {"ratio": 1, "critic_on_generator_step": False},
+        {"gan_weight": -1.0},
+        {"gan_start": -1},
+        {"gan_r1": -0.1},
+        {"gan_r1_noise": 0.0},
+    ],
+)
 def test_contradictions_are_refused(wrong: dict) -> None:
     with pytest.raises(UserError):
         Config(**wrong)
@@ -220,6 +232,89 @@ def test_gan_losses_and_accuracy_by_hand() -> None:
     assert gan.discriminator_loss(fake, real) == softplus(fake).mean() + softplus(torch.tensor([-1.0, 2.0])).mean()
     assert gan.accuracy(fake, real).item() == 0.5 * (0.75 + 0.5)
     assert gan.generator_loss(torch.zeros(3)).item() == pytest.approx(torch.tensor(2.0).log().item())
+
+
+def test_hinge_losses_by_hand() -> None:
+    fake, real = torch.tensor([-3.0, 0.5]), torch.tensor([2.0, -0.5])
+    assert gan.discriminator_loss(fake, real, "hinge").item() == 0.5 * 1.5 + 0.5 * 1.5
+    assert gan.generator_loss(fake, "hinge").item() == 1.25
+
+
+def test_the_hinge_gives_the_reverse_kl_where_the_logit_is_the_log_ratio() -> None:
+    """-d l / d x = -(s_p - s_q): the weight h = 1, float64, to 1e-12."""
+    p, q = normal(0.4, 1.1), normal(-0.2, 0.9)
+    x = torch.linspace(-4, 4, 41, dtype=torch.float64, requires_grad=True)
+    (got,) = torch.autograd.grad(gan.generator_loss(p.log_prob(x) - q.log_prob(x), "hinge") * len(x), x)
+    assert (got - ((x - 0.4) / 1.1**2 - (x + 0.2) / 0.9**2)).abs().max() < 1e-12
+
+
+def test_roughness_is_the_squared_slope_of_a_line_and_nothing_for_a_constant() -> None:
+    w, x, n = torch.randn(3, 16, 8, dtype=torch.float64)
+    near, far = (roughness_of(lambda z: z @ w[0], x, scale * n) for scale in (0.1, 0.2))
+    assert near == pytest.approx(0.01 * (n @ w[0]).square().mean().item(), rel=1e-10)
+    assert far == pytest.approx(4 * near, rel=1e-10)
+    assert roughness_of(lambda z: 0 * z.sum(1) + 3, x, n) == 0
+
+
+def roughness_of(logit, x: torch.Tensor, n: torch.Tensor) -> float:
+    return gan.roughness(logit(x), logit(x + n)).item()
+
+
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_the_penalty_compares_a_real_image_with_its_neighbour_at_one_time(features: str) -> None:
+    """Rebuilt from its parts at t = .4: .6 x + .4 eps against .6 (x + .1 n) + .4 eps."""
+    objective = with_gan(Flow(), "flow_prediction", features, critic_times=at(0.4), gan_r1=3.0)
+    eps, x0 = whitened(1)[0], real_batch(ids=torch.arange(64)).x0
+    batch = told_batch(*whitened(1), eps, x0=x0)
+    turn = play(objective, batch, step=1)["fake_score"]
+
+    def logits(x: torch.Tensor) -> torch.Tensor:
+        seen = objective.watched(0.6 * x + 0.4 * eps, torch.full((64,), 0.4), Condition(), taps=("trunk",))
+        return objective.heads(seen.features)  # type: ignore[misc]
+
+    with torch.no_grad():
+        penalty = (logits(x0) - logits(x0 + 0.1 * eps)).square().mean().item()
+    assert turn.logs["gan/r1"] == pytest.approx(penalty, rel=1e-4) and penalty > 1e-7
+    plain = play(with_gan_like(objective, gan_r1=0.0), batch, step=1)["fake_score"]
+    assert turn.loss - plain.loss == pytest.approx(0.7 * 3 * penalty, abs=2e-6)
+    slope = {name: (turn.gradients[name] - g).abs().max().item() for name, g in plain.gradients.items()}
+    assert max(value for name, value in slope.items() if name.startswith("own.heads")) > 1e-6
+
+
+def with_gan_like(objective: Objective, **changes) -> Objective:
+    """The same networks and heads under another config."""
+    other = Objective(replace(objective.config, **changes), objective.triad, objective.rollout)
+    other.heads = objective.heads if other.config.gan_weight else None
+    return other
+
+
+def test_several_taps_have_a_head_each_and_a_loss_each() -> None:
+    """The mean of the losses, not the loss of the mean, which a head that is sure of itself would silence."""
+    objective = with_gan(Flow(), "flow_prediction", gan_taps=["low", "high"], times=at(0.4))
+    batch = told_batch(*whitened(2), x0=real_batch(ids=torch.arange(64)).x0)
+    turn = play(objective, batch)["generator"]
+    student = objective.triad.generator
+    with torch.no_grad():
+        x_t = 0.6 * (student.mean + student.std * batch.noise) + 0.4 * batch.draw.eps  # type: ignore[attr-defined]
+        seen = objective.watched(x_t, torch.full((64,), 0.4), Condition(), taps=("low", "high")).features
+        each = [head(seen[name]) for name, head in zip(("low", "high"), objective.heads.heads, strict=True)]  # type: ignore[union-attr]
+    assert (each[0] - each[1]).abs().max() > 1e-2
+    apart = sum(nn.functional.softplus(-one).mean().item() for one in each) / 2
+    assert turn.logs["gan/generator"] == pytest.approx(apart, rel=1e-5)
+    look = objective.look(batch, objective.sample(batch, 0, False))
+    assert torch.allclose(look.logits, (each[0] + each[1]) / 2, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_the_discriminator_only_learns_before_it_is_heard() -> None:
+    objective = with_gan(Flow(), "flow_prediction", gan_start=2, ratio=1)
+    silent = play(with_gan_like(objective, gan_weight=0.0), real_batch(), 1)["generator"]
+    before, after = (play(objective, real_batch(), step) for step in (1, 2))
+    for name in ("generator.mean", "generator.std"):
+        heard = play(with_gan_like(objective, gan_start=0), real_batch(), 1)["generator"][name]
+        assert before["generator"][name] != heard and after["generator"][name] == heard
+        assert before["generator"][name] == pytest.approx(silent[name], rel=1e-6)
+    assert "gan/generator" not in before["generator"].logs and "gan/critic" in before["fake_score"].logs
+    assert any(name.startswith("own.heads") for name in before["fake_score"].gradients)
 
 
 @pytest.mark.parametrize("features", ["fake", "teacher"])

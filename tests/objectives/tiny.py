@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
+from oracle import taken
 from torch import Tensor, nn
 
 from fewstep import build
@@ -22,7 +23,7 @@ from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared, Voice
 from fewstep.objectives import base
-from fewstep.objectives.base import Objective, Share, Triad, Turn
+from fewstep.objectives.base import Objective, Triad, Turn
 from fewstep.objectives.pieces.exits import Exits
 from fewstep.rollout import Rollout, ode, renoise
 from fewstep.train.player import Player, PlayerConfig
@@ -47,6 +48,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {**GAN, "backward_simulation": False},
         "free": {"gan_weight": 0.0, "ratio": 2},
         "whole": {**GAN, "exits": WHOLE, "regression": 0.5},
+        "smooth": {**GAN, "gan_r1": 10.0, "gan_taps": ["down_blocks.1", "mid_block"]},
+    },
+    "f_distill": {
+        "": GAN,
+        "covering": {**GAN, "divergence": "forward_kl", "bin_decay": 0.5},
     },
     "phased_dmd": {"": {"ratio": 2}},
     "rectified_flow": {
@@ -197,12 +203,4 @@ def batches(tiny: Tiny, step: int, size: int, parts: int = 1) -> list[Batch]:
 
 def turns(tiny: Tiny, step: int, size: int = 4) -> Iterator[Turn]:
     """The turns of one step on one micro-batch; what it asks to share is its own."""
-    playing, answer = tiny.objective.turns(batches(tiny, step, size)[0], step), None
-    while True:
-        try:
-            turn = playing.send(answer)
-        except StopIteration:
-            return
-        answer = turn.value if isinstance(turn, Share) else None
-        if isinstance(turn, Turn):
-            yield turn
+    return taken(tiny.objective.turns(batches(tiny, step, size)[0], step))
