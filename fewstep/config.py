@@ -76,6 +76,8 @@ class ModelConfig:
     """how strongly"""
     network: dict[str, Any] | None = None
     """instead of a teacher, a new network: `class` and the arguments of that diffusers class"""
+    student: dict[str, Any] | None = None
+    """a new network for the generator, of the teacher's class, instead of a copy of it: `class` and arguments"""
     process: ProcessConfig | None = None
     """forward process; needed without a scheduler, refused with one"""
     prediction: Kind | None = None
@@ -425,10 +427,11 @@ def _inline(value: Any) -> str:
 
 
 def _comments(schema: type) -> dict[str, str]:
-    """Field -> the string below it in the source of a config dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
+    """Field -> the string below it in the source of a config dataclass, or of those it extends."""
     found = {}
-    for field_node, comment in itertools.pairwise(body):
-        if isinstance(field_node, ast.AnnAssign) and isinstance(comment, ast.Expr):
-            found[field_node.target.id] = ast.literal_eval(comment.value)  # type: ignore[union-attr]
+    for kind in reversed(schema.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+        for field_node, comment in itertools.pairwise(body):
+            if isinstance(field_node, ast.AnnAssign) and isinstance(comment, ast.Expr):
+                found[field_node.target.id] = ast.literal_eval(comment.value)  # type: ignore[union-attr]
     return found

@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "free": {"gan_weight": 0.0, "ratio": 2},
         "whole": {**GAN, "exits": WHOLE, "regression": 0.5},
     },
+    "msd": {"": {**GAN, "parts": 2, "labels": LABELS}},
     "phased_dmd": {"": {"ratio": 2}},
     "sid": {"": {}, "plain": {"alpha": 0.5, "weight": "none", "ratio": 2}},
     "sida": {"": {"gan_weight": 0.5, "gan_critic_weight": 0.5}},
