@@ -463,7 +463,7 @@ def assemble(
         )
     with shaped.shapes_of([*networks, *networks_of(*networks)], device) as where:
         objective.attach(torch.zeros(2, *shape, device=where), conditions.of(torch.arange(2)).to(where))
-    objective.to(device)
+    shaped.place(objective, device)  # what an objective keeps of an idle network is shaped too
     players = build_players(config, triad, objective)
     return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
 

@@ -41,6 +41,7 @@ WHOLE = Exits("last", 2)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "consistency": {"": {}, "heun-self": {"solver": "heun", "target": "self"}, "training": {"mode": "training"}},
     "dmd": {"": {}, "free": {"regression": 0.0, "ratio": 2}, "whole": {"exits": WHOLE}},
+    "disback": {"": {**GAN, "ratio": 1, "snapshots": 1, "record": 1, "interval": 2}},
     "dmd2": {
         "": GAN,
         "teacher": {**GAN, "gan_features": "teacher"},
