@@ -322,10 +322,15 @@ def _networks(
     """Role -> its networks: copies of the teacher, or voices of the one teacher that stays frozen below them."""
 
     def copied(role: str) -> DiffusersBackbone:
-        net = (shaped.copy_of if role in idle else copy.deepcopy)(teacher.net)
+        if role == "generator" and config.model.student is not None:
+            net = _student(config, teacher)
+        else:
+            net = (shaped.copy_of if role in idle else copy.deepcopy)(teacher.net)
         return teacher.backbone(execute(net, how[role], False, device))
 
     voices = _voices(config, roles)
+    if "generator" in voices and config.model.student is not None:
+        raise UserError("model.student is a network of its own: remove players.generator.lora")
     how = _executions(config, teacher, roles, voices)
     counts = {role: config.model.experts if role == "generator" else 1 for role in roles if role != "real_score"}
     networks = {role: [copied(role) for _ in range(count)] for role, count in counts.items() if role not in voices}
@@ -344,6 +349,27 @@ def _networks(
         networks |= {role: [shared.as_(name) for name in names] for role, names in voices.items()}
         bare = shared.as_(None)
     return networks | ({"real_score": [bare]} if "real_score" in roles else {})
+
+
+_SHARED = ("in_channels", "out_channels", "sample_size", "num_class_embeds", "cross_attention_dim")
+"""what a student of its own shape has in common with its teacher"""
+
+
+def _student(config: Config, teacher: Teacher) -> nn.Module:
+    """The new network that `model.student` describes. Raises UserError where it cannot stand in for the teacher."""
+    if config.start.get("generator") == "teacher":
+        raise UserError("model.student does not fit the teacher's weights: let start.generator name an earlier run")
+    if processes.size() > 1:
+        raise UserError("model.student is for one process, since several fill all networks from the teacher's file")
+    assert config.model.student is not None
+    net = loading.new(config.model.student, not shaped.is_shaped(teacher.net), key="model.student")
+    if type(net) is not type(teacher.net):
+        raise UserError(f"model.student.class is that of the teacher, {type(teacher.net).__name__}: set it to that")
+    for name in _SHARED:
+        own, taught = net.config.get(name), teacher.net.config.get(name)
+        if own != taught:
+            raise UserError(f"model.student.{name} is that of the teacher, {taught}, but {own} was given")
+    return net.float().eval()
 
 
 def _executions(
@@ -438,7 +464,7 @@ def assemble(
         )
     with shaped.shapes_of([*networks, *networks_of(*networks)], device) as where:
         objective.attach(torch.zeros(2, *shape, device=where), conditions.of(torch.arange(2)).to(where))
-    objective.to(device)
+    shaped.place(objective, device)  # what an objective keeps of an idle network is shaped too
     players = build_players(config, triad, objective)
     return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
 

@@ -76,6 +76,8 @@ class ModelConfig:
     """how strongly"""
     network: dict[str, Any] | None = None
     """instead of a teacher, a new network: `class` and the arguments of that diffusers class"""
+    student: dict[str, Any] | None = None
+    """a new network for the generator, of the teacher's class, instead of a copy of it: `class` and arguments"""
     process: ProcessConfig | None = None
     """forward process; needed without a scheduler, refused with one"""
     prediction: Kind | None = None

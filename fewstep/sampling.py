@@ -16,13 +16,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fewstep import build, measure
+from fewstep import build, config, measure
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.evals.grid import picture
-from fewstep.export import CARD, load_run, read_card
+from fewstep.export import CARD, load_run, read_card, stage_of
 from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided
+from fewstep.models.bank import Bank, Partition
 from fewstep.models.codec import CODECS, Codec, open_codec
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.negative import NegativeAttention
@@ -106,6 +107,28 @@ def open_folder(
             raise UserError(f"{folder} is a pipeline folder and has no checkpoints: leave --checkpoint out")
         return _of_pipeline(folder, steps, 1.0 if guidance is None else guidance)
     return _of_run(folder, steps, guidance, checkpoint)
+
+
+def open_bank(
+    folders: Sequence[Path],
+    steps: int | None = None,
+    guidance: float | None = None,
+    checkpoint: int | str | None = None,
+) -> Sampler:
+    """The generators of several run folders, each of which is asked for its own part of the labels.
+
+    Raises UserError for runs that are not those of all parts, each once, or that walk different steps.
+    """
+    told = [config.load(stage_of(folder) / "config.yaml")[0].objective for folder in folders]
+    of = [tuple(getattr(objective, name, 0) for name in ("parts", "labels", "part")) for objective in told]
+    whole = Partition(len(folders), of[0][1])
+    if sorted(of) != [(whole.parts, whole.labels, part + 1) for part in range(whole.parts)]:
+        given = ", ".join(f"part {part} of {parts} of {labels} labels" for parts, labels, part in of)
+        raise UserError(f"a bank has the run of each part of the same labels, but {given} was given")
+    samplers = [open_folder(folder, steps, guidance, checkpoint) for _, folder in sorted(zip(of, folders, strict=True))]
+    if len({(sampler.rollout.steps, sampler.rollout.step, sampler.shape) for sampler in samplers}) > 1:
+        raise UserError("the runs of a bank make the same images by the same steps, but these differ: give such runs")
+    return dataclasses.replace(samplers[0], net=Bank([sampler.net for sampler in samplers], whole))
 
 
 def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint: int | str | None) -> Sampler:
@@ -343,7 +366,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--negative-attention is a number from 0 to 1, but {args.negative_attention} was given")
     out = out if out.suffix.lower() == ".png" else out.with_name(f"{out.name}.png")
     writable(out)
-    sampler = open_folder(Path(args.run), args.steps, args.guidance, args.checkpoint)
+    folders = [Path(folder) for folder in (args.run, *args.bank)]
+    given = (args.steps, args.guidance, args.checkpoint)
+    sampler = open_bank(folders, *given) if args.bank else open_folder(folders[0], *given)
     if args.negative is not None:
         sampler = sampler.led_away(args.negative_attention, args.negative)
     asked = chosen(args, sampler)

@@ -22,6 +22,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `fewstep.sampling.main` reads."""
     parser.add_argument("run", help="a run folder, or a diffusers pipeline folder")
+    parser.add_argument("--bank", nargs="+", default=[], metavar="RUN", help="the runs of the other parts of msd")
     add_choice(parser)
     parser.add_argument("--count", type=int, help="images; labels take turns. Default: four of each, a line one image")
     parser.add_argument("--batch", type=int, help="images made at once; default: 4 of a model with a VAE, or 250")

@@ -109,36 +109,50 @@ class Blend(Backbone):
         return replace(first, value=first.target(x0, eps))
 
 
-class Routed(Backbone):
-    """One expert for each stretch of time: expert i serves t in (bounds[i], bounds[i - 1]], noisiest first."""
+class Experts(Backbone):
+    """Several backbones on one process, each in charge of some rows; whoever inherits says of which."""
 
-    def __init__(self, experts: Sequence[Backbone], bounds: Sequence[float]):
+    def __init__(self, experts: Sequence[Backbone]):
         super().__init__()
-        if len(bounds) != len(experts) - 1 or list(bounds) != sorted(bounds, reverse=True):
-            raise ValueError(f"{len(experts)} experts need {len(experts) - 1} descending bounds, got {list(bounds)}")
         self.experts = nn.ModuleList(experts)
-        self.bounds = tuple(bounds)
         self.schedule, self.kind = experts[0].schedule, experts[0].kind
+
+    @abstractmethod
+    def choose(self, t: Tensor, cond: Condition) -> Tensor:
+        """(B,) index of the expert in charge of each row."""
 
     def null(self, cond: Condition) -> Condition:
         return self.experts[0].null(cond)  # type: ignore[operator]
 
-    def route(self, t: Tensor) -> Tensor:
-        """(B,) index of the expert in charge."""
-        return sum((t <= bound).long() for bound in self.bounds) if self.bounds else torch.zeros_like(t).long()
-
     def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
-        route = self.route(t)
+        route = self.choose(t, cond)
         if (route == route[0]).all():
             return self.experts[int(route[0])](x_t, t, cond, to=to, taps=taps, stop=stop)
         if taps or stop:
-            raise ValueError("features are read from one expert at a time: give all rows times of one expert")
+            raise ValueError("features are read from one expert at a time: give all rows to one expert")
         value = torch.zeros_like(x_t)
         for index in route.unique().tolist():
             rows = (route == index).nonzero().squeeze(1)
             part = self.experts[index](x_t[rows], t[rows], cond[rows], to=None if to is None else to[rows])
             value = value.index_put((rows,), part.value.to(value.dtype))
         return Prediction(value, self.kind, x_t, t, self.schedule)
+
+
+class Routed(Experts):
+    """One expert for each stretch of time: expert i serves t in (bounds[i], bounds[i - 1]], noisiest first."""
+
+    def __init__(self, experts: Sequence[Backbone], bounds: Sequence[float]):
+        super().__init__(experts)
+        if len(bounds) != len(experts) - 1 or list(bounds) != sorted(bounds, reverse=True):
+            raise ValueError(f"{len(experts)} experts need {len(experts) - 1} descending bounds, got {list(bounds)}")
+        self.bounds = tuple(bounds)
+
+    def route(self, t: Tensor) -> Tensor:
+        """(B,) index of the expert in charge."""
+        return sum((t <= bound).long() for bound in self.bounds) if self.bounds else torch.zeros_like(t).long()
+
+    def choose(self, t: Tensor, cond: Condition) -> Tensor:
+        return self.route(t)
 
 
 class Remapped(Composite):

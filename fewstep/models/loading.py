@@ -210,14 +210,17 @@ def shape_of(pipeline: Pipeline, part: str) -> nn.Module:
         return kind(config)
 
 
-def new(network: dict[str, Any], weights: bool = True, buffers: bool = False) -> nn.Module:
-    """A network from its `class` and arguments; see `load`. Raises UserError for another class or wrong arguments."""
+def new(network: dict[str, Any], weights: bool = True, buffers: bool = False, key: str = "model.network") -> nn.Module:
+    """A network from its `class` and arguments, the value of `key`; see `load`.
+
+    Raises UserError for another class or wrong arguments.
+    """
     arguments = dict(network)
     name = arguments.pop("class", None)
     if name is None:
-        raise UserError(f"model.network needs a class: one of {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"{key} needs a class: one of {', '.join(sorted(FAMILIES))}")
     try:
         with torch.device("cpu") if weights else _shaping(buffers):
             return _class(name)(**arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"model.network cannot be built: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key} cannot be built: {str(error).splitlines()[0]}") from None

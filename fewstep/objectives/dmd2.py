@@ -127,6 +127,11 @@ class Objective(base.Objective):
         """The network whose features the discriminator reads."""
         return self.triad.fake_score if self.config.gan_features == "fake" else teacher_of(self.triad.real_score)
 
+    @property
+    def real(self) -> Backbone:
+        """The network that gives the real score."""
+        return self.triad.real_score
+
     def attach(self, x: Tensor, cond: Condition) -> None:
         """Makes the heads that fit the features of inputs such as x (B, *S)."""
         if self.config.gan_weight:
@@ -168,7 +173,7 @@ class Objective(base.Objective):
         eps = batch.draw.normal("dmd2.eps", x.shape[1:])
         x_t = noised(self.triad.generator.schedule, sample.x0, torch.zeros_like(t), t, eps)
         with torch.no_grad():
-            real = self.triad.real_score(x_t.detach(), t, batch.cond).x0
+            real = self.real(x_t.detach(), t, batch.cond).x0
         fake, logits, adversarial = self.judge(x_t, t, batch.cond)
         return Look(x, x_t.detach(), t, real, fake, logits, adversarial)
 

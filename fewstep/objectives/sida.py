@@ -7,8 +7,7 @@ weight of its own. Generator: SiD's loss and softplus(-l) / mean |x - R|. Critic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -17,38 +16,25 @@ from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import add_noise
-from fewstep.core.times import Times
 from fewstep.objectives import sid
 from fewstep.objectives.base import Logs
 from fewstep.objectives.pieces import gan
-from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.score_gap import abs_mean, denoising_loss, signals
 from fewstep.rollout import Sample
 
 
 @dataclass
-class Config:
+class Config(sid.Config):
     name: str = "sida"
     alpha: float = 1.0
     """how much of the divergence as it stands is taken off: 1 (the paper's) | 1.2 | 0.5 (the exact gradient)"""
-    weight: Literal["abs_mean", "none"] = "abs_mean"
-    """of SiD's loss: abs_mean (the paper's) | none"""
     gan_weight: float = 1e-4
     """of softplus(-l) / mean |x - R| in the generator's loss"""
     gan_critic_weight: float = 1.0
     """of the discriminator in the critic's loss"""
-    times: Times = field(default_factory=lambda: Times(low=0.02, high=0.98))
-    """times at which the scores are compared"""
-    critic_times: Times = field(default_factory=Times)
-    """times at which critic and discriminator are trained"""
-    ratio: int = 1
-    """critic moves for each generator move"""
-    exits: Exits = field(default_factory=Exits)
-    """of several steps: the one that is trained"""
 
     def __post_init__(self) -> None:
-        if self.ratio < 1:
-            raise UserError(f"objective.ratio is at least 1, but {self.ratio} was given")
+        super().__post_init__()
         if self.gan_weight < 0 or self.gan_critic_weight < 0:
             raise UserError(
                 f"objective.gan_weight and objective.gan_critic_weight are at least 0, but {self.gan_weight} and "

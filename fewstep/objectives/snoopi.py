@@ -6,55 +6,39 @@ A fixed guidance suits one backbone and ruins another. The paper's NASA is `fews
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
-from fewstep.core.times import Times
 from fewstep.models.backbone import Guided
 from fewstep.objectives import swiftbrush
 from fewstep.objectives.base import Triad
 from fewstep.objectives.dmd2 import teacher_of
-from fewstep.objectives.pieces.exits import Exits
-from fewstep.objectives.pieces.score_gap import Weight
 
 _SHARES = 1 << 20  # a shared draw is an integer: this many values of kappa
 
 
 @dataclass
-class Config:
+class Config(swiftbrush.Config):
     name: str = "snoopi"
     guidance_low: float = 0.5
     """least guidance of both scores"""
     guidance_high: float = 4.0
     """most guidance of both scores"""
-    weight: Weight = "alpha_sigma"
-    """of the score gap: alpha_sigma (the paper's) | snr (the exact KL gradient) | abs_mean | none"""
-    times: Times = field(default_factory=lambda: Times(low=0.02, high=0.98))
-    """times at which the scores are compared"""
-    critic_times: Times = field(default_factory=Times)
-    """times at which the critic is trained"""
-    label_dropout: float = 0.1
-    """share of samples on which the critic is trained without their condition"""
-    ratio: int = 1
-    """critic moves for each generator move"""
-    exits: Exits = field(default_factory=Exits)
-    """of several steps: the one that is trained"""
 
     def __post_init__(self) -> None:
-        if self.ratio < 1:
-            raise UserError(f"objective.ratio is at least 1, but {self.ratio} was given")
+        super().__post_init__()
         if not 0 <= self.guidance_low <= self.guidance_high:
             raise UserError(
                 "objective.guidance_low and objective.guidance_high are numbers from 0 in this order, but "
                 f"{self.guidance_low} and {self.guidance_high} were given"
             )
-        if not 0 < self.label_dropout < 1:
+        if self.label_dropout == 0:
             raise UserError(
-                f"objective.label_dropout is a share between 0 and 1, but {self.label_dropout} was given: a guided "
-                "critic has to learn what it says without a condition"
+                "objective.label_dropout is above 0, but 0 was given: a guided critic has to learn what it says "
+                "without a condition"
             )
 
 

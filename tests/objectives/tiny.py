@@ -42,6 +42,7 @@ WHOLE = Exits("last", 2)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "consistency": {"": {}, "heun-self": {"solver": "heun", "target": "self"}, "training": {"mode": "training"}},
     "dmd": {"": {}, "free": {"regression": 0.0, "ratio": 2}, "whole": {"exits": WHOLE}},
+    "disback": {"": {**GAN, "ratio": 1, "snapshots": 1, "record": 1, "interval": 2}},
     "dmd2": {
         "": GAN,
         "teacher": {**GAN, "gan_features": "teacher"},
@@ -54,6 +55,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "": GAN,
         "covering": {**GAN, "divergence": "forward_kl", "bin_decay": 0.5},
     },
+    "msd": {"": {**GAN, "parts": 2, "labels": LABELS}},
     "phased_dmd": {"": {"ratio": 2}},
     "rectified_flow": {
         "": {},
