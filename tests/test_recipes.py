@@ -70,6 +70,39 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
         {"steps": 1_000, "batch": 12, "model": {"guidance": 1 + (5 + 15) / 2}, "data": {"resolution": 512}}
         | {"players": {"generator": {"lr": 1e-4, "weight_decay": 0.0, "clip": 1.0, "lora": LCM_LORA}}}
     ],
+    # arXiv:2502.15681, the table of hyper-parameters
+    "sd15_f_distill": [
+        {"steps": 60_000, "batch": 1024, "model": {"guidance": 1.75, "steps": 1}, "data": {"resolution": 512}}
+        | {"objective": {"ratio": 10, "gan_weight": 1e-3, "ratio_low": 0.1, "ratio_high": 20.0}}
+        | {"players": {role: {"lr": 1e-5, "weight_decay": 0.01} for role in ("generator", "fake_score")}}
+    ],
+    # arXiv:2511.22677 and tianweiy/DMD2, experiments/sdxl
+    "sdxl_decoupled_dmd": [
+        {"batch": 64 * 2, "model": {"guidance": 8.0, "steps": 4}, "objective": {"ratio": 5, "gan_weight": 0.0}}
+        | {"players": {"generator": {"lr": 5e-7, **ADAMW}, "fake_score": {"lr": 5e-7, **ADAMW}}}
+    ],
+    # arXiv:2312.05239 and VinAIResearch/SwiftBrush
+    "sd21_swiftbrush": [
+        {"batch": 16 * 4, "model": {"guidance": 4.5, "steps": 1}, "data": {"resolution": 512}}
+        | {
+            "objective": {
+                "weight": "alpha_sigma",
+                "label_dropout": 0.1,
+                "ratio": 1,
+                "times": {"low": 0.02, "high": 0.98},
+            }
+        }
+        | {
+            "players": {"generator": {"lr": 1e-6, "weight_decay": 0.0}}
+            | {"fake_score": {"lr": 1e-3, "weight_decay": 0.0, "lora": {"rank": 64, "alpha": 108.0}}}
+        }
+    ],
+    # arXiv:2412.02687
+    "sd21_snoopi": [
+        {"batch": 64, "steps": 60_000, "model": {"steps": 1}}
+        | {"objective": {"guidance_low": 0.5, "guidance_high": 4.0, "ratio": 1}}
+        | {"players": {"generator": {"lr": 1e-6}} | {"fake_score": {"lr": 1e-3, "lora": {"rank": 64, "alpha": 128.0}}}}
+    ],
     # Harahan/RTDMD, configs/cold_start/sd35m.yaml
     "sd35_dmd2": [
         {"steps": 100_000, "batch": 9, "model": {"guidance": 4.5, "steps": 4}, "data": {"resolution": 512}}

@@ -190,6 +190,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
 STANDS_FOR: dict[str, str] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1-base": "sd15",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
