@@ -42,7 +42,7 @@ WEIGHTS = torch.tensor([0.5, 0.3, 0.15, 0.05])
 STD = 0.35
 KEPT = 0.01
 """the least share of the rare component that counts as kept"""
-SAMPLES = 20_000
+SAMPLES, SHOWN = 20_000, 400
 GAN = {"gan_weight": 0.1, "gan_critic_weight": 1.0}
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +50,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dmd": ("dmd", {"ratio": 5}),
     "dmd2, without GAN": ("dmd2", {"gan_weight": 0.0}),
     "dmd2": ("dmd2", GAN),
+    **{
+        f"f_distill, {divergence.replace('_', ' ')}": ("f_distill", {**GAN, "divergence": divergence})
+        for divergence in ("softened_reverse_kl", "jensen_shannon", "squared_hellinger", "forward_kl", "jeffreys")
+    },
     "diff_instruct": ("diff_instruct", {"ratio": 5}),
     "swiftbrush": ("swiftbrush", {"ratio": 5}),
     "sid": ("sid", {"ratio": 5, "alpha": 1.0}),
@@ -128,6 +132,10 @@ class Result:
     def kept(self) -> bool:
         return self.shares[-1] >= KEPT
 
+    def points(self) -> list[list[float]]:
+        """Some of the samples, for the picture."""
+        return [[round(x, 2) for x in point] for point in self.samples[:SHOWN].tolist()]
+
 
 def shares(samples: Tensor) -> list[float]:
     distance, nearest = torch.cdist(samples, MEANS).min(1)
@@ -168,22 +176,22 @@ def made(generator: Backbone) -> Result:
     return Result(shares(samples), samples)
 
 
-def plot(samples: dict[str, Tensor], file: Path) -> None:
+def plot(rows: dict[str, Any], file: Path) -> None:
+    """The samples of each row's first seed, the components as crosses."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 6
-    rows = -(-len(samples) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.4 * rows), layout="constrained")
+    size = -(-len(rows) // 6), 6
+    figure, axes = pyplot.subplots(*size, figsize=(2.3 * size[1], 2.4 * size[0]), layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, (name, points) in zip(axes.flat, samples.items(), strict=False):
-        axis.scatter(*points[:1500].T, s=1, alpha=0.5, color="#0072B2")
+    for axis, (name, row) in zip(axes.flat, rows.items(), strict=False):
+        axis.scatter(*torch.tensor(row["points"]).T, s=2, alpha=0.5, color="#0072B2")
         axis.scatter(*MEANS.T, s=40, marker="+", color="#D55E00")
         axis.set(xlim=(-4, 6), ylim=(-4, 5))
-        axis.set_title(name, fontsize=8)
+        axis.set_title(f"{name}: {row['shares'][0][-1]:.1%}", fontsize=8)
     figure.savefig(file, dpi=110)
 
 
@@ -196,21 +204,17 @@ def main() -> None:
     torch.set_num_threads(1)
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    looks = {"truth": drawn(Draw(9, 0, torch.arange(SAMPLES)))}
-    record["rows"]["truth"] = {"shares": [shares(looks["truth"])]}
-    looks["start"] = made(started(0)[0]).samples
-    record["rows"]["start"] = {"shares": [made(started(seed)[0]).shares for seed in args.seeds]}
-    for method in args.only:
-        results = [run(method, seed, args.steps) for seed in args.seeds]
-        looks[method] = results[0].samples
-        kept = [result.kept for result in results]
-        row = {"shares": [result.shares for result in results], "kept": kept, "steps": args.steps}
-        record["rows"][method] = row | {"commit": commit, "date": f"{date.today():%Y-%m-%d}"}
+    true = drawn(Draw(9, 0, torch.arange(SAMPLES)))
+    known = {"truth": lambda seed: Result(shares(true), true), "start": lambda seed: made(started(seed)[0])}
+    for method in (*known, *args.only):
+        results = [known[method](seed) if method in known else run(method, seed, args.steps) for seed in args.seeds]
+        row = {"shares": [result.shares for result in results], "kept": [result.kept for result in results]}
+        row |= {"steps": args.steps, "commit": commit, "date": f"{date.today():%Y-%m-%d}"}
+        record["rows"][method] = row | {"points": results[0].points()}
         rare = ", ".join(f"{result.shares[-1]:.3f}" for result in results)
-        print(f"{method:28} rare component {rare} (truth {WEIGHTS[-1]:.3f})", flush=True)
-        RESULT.write_text(json.dumps(record, indent=1) + "\n")
-    if args.only == list(METHODS):
-        plot(looks, RESULT.with_suffix(".png"))
+        print(f"{method:36} rare component {rare}", flush=True)
+        RESULT.write_text(json.dumps(record) + "\n")
+    plot(record["rows"], RESULT.with_suffix(".png"))
 
 
 if __name__ == "__main__":
