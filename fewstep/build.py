@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep import conditions, latents, pairs
+from fewstep import conditions, latents, pairs, rewards
 from fewstep.conditions import Conditions, Labels, Prompts
 from fewstep.config import Config
 from fewstep.core.batch import Batch, Condition
@@ -430,6 +430,9 @@ def assemble(
     if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)
     objective = kind(config.objective, triad, rollout)
+    for term in (part for part in objective.modules() if isinstance(part, Objective)):
+        if named := getattr(term.config, "reward", None):
+            term.reward = rewards.open_reward(named, source, teacher.codec)  # type: ignore[assignment]
     if config.batch // config.micro_batches % objective.group:
         raise UserError(
             f"objective {config.objective.name} needs {objective.group} samples a group: "  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import torch
 from oracle import taken
 from torch import Tensor, nn
 
-from fewstep import build
+from fewstep import build, rewards
 from fewstep.core.batch import Batch, Condition, Pair
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Kind
@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "covering": {**GAN, "divergence": "forward_kl", "bin_decay": 0.5},
     },
     "phased_dmd": {"": {"ratio": 2}},
+    "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
     "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
     "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
 }
@@ -69,6 +70,10 @@ CASES = [
     for variant in VARIANTS.get(name, {"": {}})
     for process in PROCESSES
 ]
+
+
+def brightness(images: Tensor, cond: Condition) -> Tensor:
+    return images.flatten(1).mean(1)
 
 
 def unet(seed: int, shape: tuple[int, int, int], channels: int) -> nn.Module:
@@ -162,6 +167,8 @@ def make(
     transition = TRANSITIONS.get(told) or TRANSITIONS.get(name, renoise)
     rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition)
     objective = module.Objective(config, Triad(**networks), rollout)
+    if named := getattr(config, "reward", None):
+        objective.reward = rewards.own(named)
     torch.manual_seed(3)
     objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
     configs = {name: player for name in {**networks, **objective.learns()} if name != "real_score"}
