@@ -322,7 +322,7 @@ def _networks(
 
     def copied(role: str) -> DiffusersBackbone:
         net = (shaped.copy_of if role in idle else copy.deepcopy)(teacher.net)
-        return teacher.backbone(execute(net, how[role], False, device))
+        return teacher.backbone(execute(net, how[role], role in objectives.FROZEN, device))
 
     voices = _voices(config, roles)
     how = _executions(config, teacher, roles, voices)
@@ -453,7 +453,7 @@ def build_triad(
     device: torch.device,
     idle: tuple[str, ...] = (),
 ) -> Triad:
-    """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; real_score is frozen."""
+    """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; some are frozen."""
     if "real_score" in roles and config.model.teacher is None:
         raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
     _check_experts(config, rollout)
@@ -461,12 +461,13 @@ def build_triad(
     for role, networks in _networks(config, teacher, roles, device, idle).items():
         for network in networks:
             offload.place(network, device)
-            network.eval().requires_grad_(role != "real_score")
+            network.eval().requires_grad_(role not in objectives.FROZEN)
         length = len(rollout) // len(networks)
         starts = [rollout.steps[i * length].told for i in range(1, len(networks))]
         triad[role] = Routed(networks, starts) if starts else networks[0]
-    if "real_score" in triad:
-        triad["real_score"] = Guided(triad["real_score"], config.model.guidance)
+    for role in objectives.FROZEN:
+        if role in triad:
+            triad[role] = Guided(triad[role], config.model.guidance)
     return Triad(**triad)
 
 
@@ -482,7 +483,16 @@ def exportable(config: Config, teacher: Teacher) -> Any | None:
 
 
 def start(config: Config, triad: Triad, previous: Path | None) -> None:
-    """Loads the weights that `config.start` names; a role it does not name starts from the teacher."""
+    """Loads the weights that `config.start` names; a role it does not name starts from the teacher.
+
+    A target_score has those of `objective.target_teacher`.
+    """
+    if triad.target_score is not None:
+        where = getattr(config.objective, "target_teacher", None)
+        if where is None:
+            raise UserError("a term of a sum cannot bring a teacher of its own: make it the objective")
+        target: Backbone = triad.target_score.inner  # type: ignore[assignment]
+        load_weights(target, stored_in(where, "generator"), f"objective.target_teacher={where}")
     for role, where in config.start.items():
         network = getattr(triad, role, None) if role in ("generator", "fake_score") else None
         if network is None:
@@ -493,17 +503,22 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
             if previous is None:
                 raise UserError(f"start.{role}={where}: there is no earlier stage")
             state = checkpoint.read_network(latest(previous), where.removeprefix("previous."), "ema")
-        elif (Path(where) / "checkpoints").is_dir():
-            state = checkpoint.read_network(latest(Path(where)), role, "ema")
         else:
-            whole = loading.load(where).net.state_dict() if processes.leads() else None
-            state = stored.from_leader(whole).within("net.")
+            state = stored_in(where, role)
         if config.players[role].lora is not None and not any("lora_" in name for name in state):
             raise UserError(
                 f"start.{role}={where}: players.{role}.lora learns an adapter on the teacher's weights, but those are "
                 f"full weights: make them model.teacher, or remove players.{role}.lora"
             )
         load_weights(network, state, f"start.{role}={where}")
+
+
+def stored_in(where: str, role: str) -> stored.Stored:
+    """The weights of `role` in a run, or those of a model folder."""
+    if (Path(where) / "checkpoints").is_dir():
+        return checkpoint.read_network(latest(Path(where)), role, "ema")
+    whole = loading.load(where).net.state_dict() if processes.leads() else None
+    return stored.from_leader(whole).within("net.")
 
 
 def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
@@ -529,7 +544,7 @@ def latest(run: Path) -> Path:
 def build_players(config: Config, triad: Triad, objective: Objective) -> dict[str, Player]:
     """One player for each role that learns, the objective's own modules joined to it."""
     learns = objective.learns()
-    networks = {role: net for role, net in vars(triad).items() if net is not None and role != "real_score"}
+    networks = {role: net for role, net in vars(triad).items() if net is not None and role not in objectives.FROZEN}
     wanted = [*networks, *(name for name in learns if name not in networks)]
     for name in config.players:
         if name not in wanted:

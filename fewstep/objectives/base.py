@@ -48,6 +48,11 @@ class Triad:
     generator: Backbone
     real_score: Backbone = None  # type: ignore[assignment]
     fake_score: Backbone = None  # type: ignore[assignment]
+    target_score: Backbone = None  # type: ignore[assignment]
+
+
+FROZEN = ("real_score", "target_score")
+"""the roles that never learn"""
 
 
 Turns = Generator[Turn | Share, Any, None]  # a Share is answered with its mean

@@ -57,6 +57,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "phased_dmd": {"": {"ratio": 2}},
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
     "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
+    "uni_dad": {
+        "": {**GAN, "target_teacher": "given", "target_share": 0.5, "gan_taps": ["down_blocks.1", "mid_block"]}
+    },
     "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
@@ -118,8 +121,7 @@ class Tiny:
     def networks(self) -> dict[str, nn.Module]:
         """Everything that has weights; `own` are the objective's modules."""
         triad = self.objective.triad
-        roles = {name: getattr(triad, name) for name in ("generator", "real_score", "fake_score")}
-        return {**{name: net for name, net in roles.items() if net is not None}, "own": self.objective}
+        return {**{name: net for name, net in vars(triad).items() if net is not None}, "own": self.objective}
 
     def weights(self) -> dict[str, nn.Parameter]:
         return {f"{role}.{name}": p for role, net in self.networks().items() for name, p in net.named_parameters()}
@@ -160,6 +162,8 @@ def make(
     config = module.Config(**VARIANTS.get(name, {"": {}})[variant])
     roles = module.Objective.needs(config)
     networks: dict[str, Any] = {"generator": network(1, "generator")}
+    if "target_score" in roles:
+        networks["target_score"] = Guided(plain(4), 1.5).requires_grad_(False)
     if "real_score" in roles:
         networks["real_score"] = Guided(network(0, None), 1.5).requires_grad_(False)
     if "fake_score" in roles:
@@ -171,7 +175,7 @@ def make(
         objective.reward = rewards.own(named)
     torch.manual_seed(3)
     objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
-    configs = {name: player for name in {**networks, **objective.learns()} if name != "real_score"}
+    configs = {name: player for name in {**networks, **objective.learns()} if name not in base.FROZEN}
     players = build.build_players(SimpleNamespace(players=configs), objective.triad, objective)  # type: ignore[arg-type]
     return Tiny(objective, players, sizes[0])
 
