@@ -39,7 +39,7 @@ from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, transition
 from fewstep.store import Store
 from fewstep.train import checkpoint, parallel, processes, stored
-from fewstep.train.player import Follower, Player, constant_decay, ema_decay
+from fewstep.train.player import Follower, Player, Pull, constant_decay, ema_decay
 
 
 @dataclass
@@ -561,6 +561,9 @@ def build_players(config: Config, triad: Triad, objective: Objective) -> dict[st
     for label, decay in objective.followers().items():
         players["generator"].followers[label] = Follower(triad.generator, constant_decay(decay))
         objective.targets[label] = players["generator"].followers[label].module  # type: ignore[assignment]
+    for role, decay in objective.drawn().items():
+        pull = Pull(networks[role], triad.generator, decay, "objective.critic_average")
+        players["generator"].pulls.append(pull)
     return players
 
 

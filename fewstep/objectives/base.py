@@ -98,6 +98,10 @@ class Objective(nn.Module):
         """Name -> decay of the target networks that trail the generator; they are found in `self.targets`."""
         return {}
 
+    def drawn(self) -> dict[str, float]:
+        """Role -> decay with which its network is drawn to the generator's after each move of the generator."""
+        return {}
+
     def generates(self, step: int) -> bool:
         """Whether the generator moves at this step."""
         return True

@@ -54,6 +54,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "": GAN,
         "covering": {**GAN, "divergence": "forward_kl", "bin_decay": 0.5},
     },
+    "flash_dmd": {
+        "": {**GAN, "split": 1.0},
+        "gap": {"gan_weight": 0.0, "split": 0.0},
+        "own": {**GAN, "critic_average": 1.0},
+    },
     "phased_dmd": {"": {"ratio": 2}},
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
     "rectified_flow": {"": {}, "distill": {"phase": "distill"}},
