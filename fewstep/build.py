@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep import conditions, latents, pairs
+from fewstep import conditions, latents, pairs, rewards
 from fewstep.conditions import Conditions, Labels, Prompts
 from fewstep.config import Config
 from fewstep.core.batch import Batch, Condition
@@ -40,7 +40,7 @@ from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, transition
 from fewstep.store import Store
 from fewstep.train import checkpoint, parallel, processes, stored
-from fewstep.train.player import Follower, Player, constant_decay, ema_decay
+from fewstep.train.player import Follower, Player, Pull, constant_decay, ema_decay
 
 
 @dataclass
@@ -326,7 +326,7 @@ def _networks(
             net = _student(config, teacher)
         else:
             net = (shaped.copy_of if role in idle else copy.deepcopy)(teacher.net)
-        return teacher.backbone(execute(net, how[role], False, device))
+        return teacher.backbone(execute(net, how[role], role in objectives.FROZEN, device))
 
     voices = _voices(config, roles)
     if "generator" in voices and config.model.student is not None:
@@ -457,6 +457,9 @@ def assemble(
     if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)
     objective = kind(config.objective, triad, rollout)
+    for term in (part for part in objective.modules() if isinstance(part, Objective)):
+        if named := getattr(term.config, "reward", None):
+            term.reward = rewards.open_reward(named, source, teacher.codec)  # type: ignore[assignment]
     if config.batch // config.micro_batches % objective.group:
         raise UserError(
             f"objective {config.objective.name} needs {objective.group} samples a group: "  # type: ignore[attr-defined]
@@ -477,7 +480,7 @@ def build_triad(
     device: torch.device,
     idle: tuple[str, ...] = (),
 ) -> Triad:
-    """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; real_score is frozen."""
+    """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; some are frozen."""
     if "real_score" in roles and config.model.teacher is None:
         raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
     _check_experts(config, rollout)
@@ -485,12 +488,13 @@ def build_triad(
     for role, networks in _networks(config, teacher, roles, device, idle).items():
         for network in networks:
             offload.place(network, device)
-            network.eval().requires_grad_(role != "real_score")
+            network.eval().requires_grad_(role not in objectives.FROZEN)
         length = len(rollout) // len(networks)
         starts = [rollout.steps[i * length].told for i in range(1, len(networks))]
         triad[role] = Routed(networks, starts) if starts else networks[0]
-    if "real_score" in triad:
-        triad["real_score"] = Guided(triad["real_score"], config.model.guidance)
+    for role in objectives.FROZEN:
+        if role in triad:
+            triad[role] = Guided(triad[role], config.model.guidance)
     return Triad(**triad)
 
 
@@ -506,7 +510,16 @@ def exportable(config: Config, teacher: Teacher) -> Any | None:
 
 
 def start(config: Config, triad: Triad, previous: Path | None) -> None:
-    """Loads the weights that `config.start` names; a role it does not name starts from the teacher."""
+    """Loads the weights that `config.start` names; a role it does not name starts from the teacher.
+
+    A target_score has those of `objective.target_teacher`.
+    """
+    if triad.target_score is not None:
+        where = getattr(config.objective, "target_teacher", None)
+        if where is None:
+            raise UserError("a term of a sum cannot bring a teacher of its own: make it the objective")
+        target: Backbone = triad.target_score.inner  # type: ignore[assignment]
+        load_weights(target, stored_in(where, "generator"), f"objective.target_teacher={where}")
     for role, where in config.start.items():
         network = getattr(triad, role, None) if role in ("generator", "fake_score") else None
         if network is None:
@@ -517,17 +530,22 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
             if previous is None:
                 raise UserError(f"start.{role}={where}: there is no earlier stage")
             state = checkpoint.read_network(latest(previous), where.removeprefix("previous."), "ema")
-        elif (Path(where) / "checkpoints").is_dir():
-            state = checkpoint.read_network(latest(Path(where)), role, "ema")
         else:
-            whole = loading.load(where).net.state_dict() if processes.leads() else None
-            state = stored.from_leader(whole).within("net.")
+            state = stored_in(where, role)
         if config.players[role].lora is not None and not any("lora_" in name for name in state):
             raise UserError(
                 f"start.{role}={where}: players.{role}.lora learns an adapter on the teacher's weights, but those are "
                 f"full weights: make them model.teacher, or remove players.{role}.lora"
             )
         load_weights(network, state, f"start.{role}={where}")
+
+
+def stored_in(where: str, role: str) -> stored.Stored:
+    """The weights of `role` in a run, or those of a model folder."""
+    if (Path(where) / "checkpoints").is_dir():
+        return checkpoint.read_network(latest(Path(where)), role, "ema")
+    whole = loading.load(where).net.state_dict() if processes.leads() else None
+    return stored.from_leader(whole).within("net.")
 
 
 def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
@@ -553,7 +571,7 @@ def latest(run: Path) -> Path:
 def build_players(config: Config, triad: Triad, objective: Objective) -> dict[str, Player]:
     """One player for each role that learns, the objective's own modules joined to it."""
     learns = objective.learns()
-    networks = {role: net for role, net in vars(triad).items() if net is not None and role != "real_score"}
+    networks = {role: net for role, net in vars(triad).items() if net is not None and role not in objectives.FROZEN}
     wanted = [*networks, *(name for name in learns if name not in networks)]
     for name in config.players:
         if name not in wanted:
@@ -570,6 +588,9 @@ def build_players(config: Config, triad: Triad, objective: Objective) -> dict[st
     for label, decay in objective.followers().items():
         players["generator"].followers[label] = Follower(triad.generator, constant_decay(decay))
         objective.targets[label] = players["generator"].followers[label].module  # type: ignore[assignment]
+    for role, decay in objective.drawn().items():
+        pull = Pull(networks[role], triad.generator, decay, "objective.critic_average")
+        players["generator"].pulls.append(pull)
     return players
 
 

@@ -48,6 +48,11 @@ class Triad:
     generator: Backbone
     real_score: Backbone = None  # type: ignore[assignment]
     fake_score: Backbone = None  # type: ignore[assignment]
+    target_score: Backbone = None  # type: ignore[assignment]
+
+
+FROZEN = ("real_score", "target_score")
+"""the roles that never learn"""
 
 
 Turns = Generator[Turn | Share, Any, None]  # a Share is answered with its mean
@@ -91,6 +96,10 @@ class Objective(nn.Module):
 
     def followers(self) -> dict[str, float]:
         """Name -> decay of the target networks that trail the generator; they are found in `self.targets`."""
+        return {}
+
+    def drawn(self) -> dict[str, float]:
+        """Role -> decay with which its network is drawn to the generator's after each move of the generator."""
         return {}
 
     def generates(self, step: int) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class Look:
 
 
 class Objective(base.Objective):
-    roles = ("generator", "real_score", "fake_score")
+    roles: ClassVar[tuple[str, ...]] = ("generator", "real_score", "fake_score")
 
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)

@@ -8,7 +8,7 @@ behind x_s, between which the critic would be torn, and is refused.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Objective(base.Objective):
     @classmethod
     def needs(cls, config: Config) -> tuple[str, ...]:
         needed = {role for node in config.terms for role in _needs(node)}
-        return tuple(role for role in ("generator", "real_score", "fake_score") if role in needed)
+        return tuple(role.name for role in fields(base.Triad) if role.name in needed)
 
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)

@@ -79,12 +79,37 @@ class Follower:
 
     @torch.no_grad()
     def follow(self, moves: int) -> None:
-        parallel.reshard([self.module])
-        shadow = [parallel.local(p) for p in self.module.parameters()]
-        weights = [parallel.local(p).float() for p in self.of.parameters()]
-        torch._foreach_lerp_(shadow, weights, 1.0 - self.decay(moves))
+        draw_near(self.module, self.of, 1.0 - self.decay(moves))
         for mine, theirs in zip(self.module.buffers(), self.of.buffers(), strict=True):
             mine.copy_(theirs)
+
+
+class Pull:
+    """Draws `module`, which learns by itself, toward `of`: weights <- d weights + (1 - d) those of `of`.
+
+    Raises UserError for networks that are not of one shape.
+    """
+
+    def __init__(self, module: nn.Module, of: nn.Module, decay: float, what: str):
+        self.module, self.of, self.decay = module, of, decay
+        mine, theirs = ([p.shape for p in net.parameters()] for net in (module, of))
+        if mine != theirs:
+            raise UserError(
+                f"{what} draws the weights of one network toward another's, but theirs differ in shape: make both "
+                f"learn whole, or by adapters of one rank, or set {what}=1"
+            )
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        draw_near(self.module, self.of, 1.0 - self.decay)
+
+
+def draw_near(module: nn.Module, of: nn.Module, share: float) -> None:
+    """Moves the weights of `module` by `share` of their way to those of `of`."""
+    parallel.reshard([module])
+    mine = [parallel.local(p) for p in module.parameters()]
+    theirs = [parallel.local(p).float() for p in of.parameters()]
+    torch._foreach_lerp_(mine, theirs, share)
 
 
 def ema_decay(limit: float) -> Callable[[int], float]:
@@ -100,13 +125,14 @@ def constant_decay(value: float) -> Callable[[int], float]:
 class Player:
     """Optimizer, clipping and learning-rate schedule of `modules`, by the player's own moves.
 
-    `followers` trail the first module, the player's network.
+    `followers` trail the first module, the player's network; `pulls` draw other players' networks toward it.
     """
 
     def __init__(self, name: str, modules: Sequence[nn.Module], config: PlayerConfig):
         self.name, self.modules, self.config = name, list(modules), config
         self.moves = 0
         self.followers: dict[str, Follower] = {}
+        self.pulls: list[Pull] = []
         self.enlist()
 
     def enlist(self) -> None:
@@ -157,5 +183,7 @@ class Player:
         self.moves += 1
         for follower in self.followers.values():
             follower.follow(self.moves)
+        for pull in self.pulls:
+            pull.follow()
         self.clear()
         return norm

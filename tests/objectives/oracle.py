@@ -19,7 +19,7 @@ from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Objective, Share, Triad, Turn, Turns
 from fewstep.rollout import Rollout, ode, renoise
 from fewstep.train.loop import train_step
-from fewstep.train.player import Player, PlayerConfig
+from fewstep.train.player import Player, PlayerConfig, Pull
 
 Law = tuple[float, float]
 """mean and deviation of every coordinate"""
@@ -357,10 +357,14 @@ def players_for(objective: Objective, generator: PlayerConfig, critic: PlayerCon
     """The players of a run: each network with the objective's own modules of that name."""
     configs = {"generator": generator, **({} if critic is None else {"fake_score": critic})}
     joined = objective.learns()
-    return {
+    players = {
         name: Player(name, [getattr(objective.triad, name), *joined.get(name, [])], config)
         for name, config in configs.items()
     }
+    for name, decay in objective.drawn().items():
+        pull = Pull(getattr(objective.triad, name), objective.triad.generator, decay, name)
+        players["generator"].pulls.append(pull)
+    return players
 
 
 def noise_between(schedule: NoiseSchedule, s: float, t: float) -> tuple[float, float]:

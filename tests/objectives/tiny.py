@@ -12,7 +12,7 @@ import torch
 from oracle import taken
 from torch import Tensor, nn
 
-from fewstep import build
+from fewstep import build, rewards
 from fewstep.core.batch import Batch, Condition, Pair
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Kind
@@ -66,6 +66,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sida": {"": {"gan_weight": 0.5, "gan_critic_weight": 0.5}},
     "snoopi": {"": {"label_dropout": 0.5}},
     "swiftbrush": {"": {"label_dropout": 0.5}},
+    "flash_dmd": {
+        "": {**GAN, "split": 1.0},
+        "gap": {"gan_weight": 0.0, "split": 0.0},
+        "own": {**GAN, "critic_average": 1.0},
+    },
+    "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
+    "uni_dad": {
+        "": {**GAN, "target_teacher": "given", "target_share": 0.5, "gan_taps": ["down_blocks.1", "mid_block"]}
+    },
     "sum": {"": {"terms": [{"name": "dmd", "ratio": 2, "regression": 0.5}, {"name": "dmd2", "scale": 0.5, **GAN}]}},
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
@@ -79,6 +88,10 @@ CASES = [
     for variant in VARIANTS.get(name, {"": {}})
     for process in PROCESSES
 ]
+
+
+def brightness(images: Tensor, cond: Condition) -> Tensor:
+    return images.flatten(1).mean(1)
 
 
 def unet(seed: int, shape: tuple[int, int, int], channels: int) -> nn.Module:
@@ -123,8 +136,7 @@ class Tiny:
     def networks(self) -> dict[str, nn.Module]:
         """Everything that has weights; `own` are the objective's modules."""
         triad = self.objective.triad
-        roles = {name: getattr(triad, name) for name in ("generator", "real_score", "fake_score")}
-        return {**{name: net for name, net in roles.items() if net is not None}, "own": self.objective}
+        return {**{name: net for name, net in vars(triad).items() if net is not None}, "own": self.objective}
 
     def weights(self) -> dict[str, nn.Parameter]:
         return {f"{role}.{name}": p for role, net in self.networks().items() for name, p in net.named_parameters()}
@@ -165,6 +177,8 @@ def make(
     config = module.Config(**VARIANTS.get(name, {"": {}})[variant])
     roles = module.Objective.needs(config)
     networks: dict[str, Any] = {"generator": network(1, "generator")}
+    if "target_score" in roles:
+        networks["target_score"] = Guided(plain(4), 1.5).requires_grad_(False)
     if "real_score" in roles:
         networks["real_score"] = Guided(network(0, None), 1.5).requires_grad_(False)
     if "fake_score" in roles:
@@ -172,9 +186,11 @@ def make(
     transition = TRANSITIONS.get(told) or TRANSITIONS.get(name, renoise)
     rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition)
     objective = module.Objective(config, Triad(**networks), rollout)
+    if named := getattr(config, "reward", None):
+        objective.reward = rewards.own(named)
     torch.manual_seed(3)
     objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
-    configs = {name: player for name in {**networks, **objective.learns()} if name != "real_score"}
+    configs = {name: player for name in {**networks, **objective.learns()} if name not in base.FROZEN}
     players = build.build_players(SimpleNamespace(players=configs), objective.triad, objective)  # type: ignore[arg-type]
     return Tiny(objective, players, sizes[0])
 
