@@ -461,7 +461,8 @@ def assemble(
             f"objective {config.objective.name} needs {objective.group} samples a group: "  # type: ignore[attr-defined]
             f"make batch / micro_batches a multiple of it, not {config.batch // config.micro_batches}"
         )
-    _lend_features(objective, teacher, source, device)
+    if not idle:  # a run that is only sampled does without
+        _lend_features(objective, teacher, source, device)
     with shaped.shapes_of([*networks, *networks_of(*networks)], device) as where:
         objective.attach(torch.zeros(2, *shape, device=where), conditions.of(torch.arange(2)).to(where))
     shaped.place(objective, device)  # what an objective keeps of an idle network is shaped too

@@ -72,20 +72,14 @@ def test_images_are_brought_to_one_size(file: Path) -> None:
     assert load_lpips(file).side == 224
 
 
-def test_the_packages_own_names_and_torch_files_are_read(
-    weights: dict[str, Tensor], file: Path, tmp_path: Path
-) -> None:
-    """net.slice1.0.weight and the like; what is doubled or belongs to the scaling is left aside."""
-    slices = {
-        i: k
-        for k, (start, end) in enumerate(((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)), 1)
-        for i in range(start, end)
-    }
+def test_the_names_of_the_package_are_read(weights: dict[str, Tensor], file: Path, tmp_path: Path) -> None:
+    """net.slice1.0.weight and the like, in a file of torch; what is doubled or of the scaling is left aside."""
     named = {}
     for name, value in weights.items():
         if name.startswith("features."):
             _, index, kind = name.split(".")
-            named[f"net.slice{slices[int(index)]}.{index}.{kind}"] = value
+            part = 1 + sum(int(index) > end for end in LOOKED_AT)
+            named[f"net.slice{part}.{index}.{kind}"] = value
         else:
             named[name], named[name.replace("lin", "lins.", 1)] = value, value
     torch.save({**named, "scaling_layer.shift": torch.zeros(1, 3, 1, 1)}, tmp_path / "lpips.pth")
