@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep import conditions, latents, pairs, rewards
+from fewstep import conditions, latents, pairs, perception, rewards
 from fewstep.conditions import Conditions, Labels, Prompts
 from fewstep.config import Config
 from fewstep.core.batch import Batch, Condition
@@ -465,11 +465,22 @@ def assemble(
             f"objective {config.objective.name} needs {objective.group} samples a group: "  # type: ignore[attr-defined]
             f"make batch / micro_batches a multiple of it, not {config.batch // config.micro_batches}"
         )
+    if not idle:  # a run that is only sampled does without
+        _lend_features(objective, teacher, source, device)
     with shaped.shapes_of([*networks, *networks_of(*networks)], device) as where:
         objective.attach(torch.zeros(2, *shape, device=where), conditions.of(torch.arange(2)).to(where))
     shaped.place(objective, device)  # what an objective keeps of an idle network is shaped too
     players = build_players(config, triad, objective)
     return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
+
+
+def _lend_features(objective: Objective, teacher: Teacher, source: Source, device: torch.device) -> None:
+    """Opens what the objective, or a term of it, compares samples by. Raises UserError where it is not there."""
+    decode = teacher.codec.decode if teacher.codec is not None else torch.nn.Identity()
+    for part in objective.modules():
+        if isinstance(part, Objective) and part.perception is not None:
+            weights = getattr(part.config, "lpips", None)
+            part.perceive = perception.features(part.perception, weights, source, decode, device)
 
 
 def build_triad(

@@ -32,6 +32,7 @@ from fewstep.evals.reader import Reader, load_reader
 from fewstep.models import schedulers
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.loading import DENOISERS, locate
+from fewstep.perception import reader_folder
 from fewstep.rollout import Rollout, transition
 from fewstep.train import processes
 from fewstep.train.checkpoint import sha256, write_text
@@ -161,11 +162,6 @@ class Truth:
     features: Tensor
     labels: Tensor
     protocol: str
-
-
-def reader_folder(source: Source) -> Path:
-    """Where the reader lies that knows the images of `source`, or the one of the scenes for images of any kind."""
-    return locate("assets/caption_reader" if isinstance(source, CaptionedSource) else "assets/reader")
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar
@@ -55,6 +55,8 @@ FROZEN = ("real_score", "target_score")
 """the roles that never learn"""
 
 
+Features = Callable[[Tensor], Sequence[Tensor]]
+"""Samples (B, *S) -> feature maps (B, C, ..), differentiable in the samples."""
 Turns = Generator[Turn | Share, Any, None]  # a Share is answered with its mean
 Logs = dict[str, Tensor]
 
@@ -65,6 +67,7 @@ class Objective(nn.Module):
     `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses (x0, pair).
     `partial` objectives make samples that may end above level 0, and compare such states as they are.
     `group` samples next to each other share a condition and stay in one micro-batch.
+    `perception` names the frozen network by which it compares samples, reader or lpips: it is lent as `perceive`.
     Own modules and buffers are saved with the run; `learns` says which player each joins.
     """
 
@@ -72,6 +75,8 @@ class Objective(nn.Module):
     reads: tuple[str, ...] = ()
     partial: bool = False
     group: int = 1
+    perception: str | None = None
+    perceive: Features | None = None
 
     def __init__(self, config: Any, triad: Triad, rollout: Rollout):
         super().__init__()

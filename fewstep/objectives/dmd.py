@@ -15,7 +15,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.times import Times
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
-from fewstep.objectives.pieces.distances import Distance
+from fewstep.objectives.pieces.distances import Seen
 from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.matching import critic_loss, matching_loss
 from fewstep.objectives.pieces.paired import paired_loss, refuse_fresh_noise
@@ -34,8 +34,10 @@ class Config:
     """times at which the critic is trained"""
     regression: float = 0.25
     """weight of the paired regression; 0 needs no pairs"""
-    distance: Distance = "l2"
-    """of the regression: l2 | l1 | huber"""
+    distance: Seen = "l2"
+    """of the regression: l2 | l1 | huber | reader (features of the built-in reader) | lpips (the paper's)"""
+    lpips: str | None = None
+    """file with the weights of LPIPS, for distance=lpips: VGG16's features and the linear layers"""
     ratio: int = 1
     """critic moves for each generator move"""
     exits: Exits = field(default_factory=Exits)
@@ -47,6 +49,11 @@ class Config:
                 f"objective.ratio is at least 1 and objective.regression at least 0, but {self.ratio} and "
                 f"{self.regression} were given"
             )
+        if (self.distance == "lpips") != (self.lpips is not None):
+            raise UserError(
+                "objective.distance=lpips goes with objective.lpips, the file of its weights: give both, or neither "
+                "and take reader, which is built in"
+            )
 
 
 class Objective(base.Objective):
@@ -57,6 +64,7 @@ class Objective(base.Objective):
         self.reads = ("pair",) if config.regression else ()
         if config.regression:
             refuse_fresh_noise(rollout)
+            self.perception = config.distance if config.distance in ("reader", "lpips") else None
 
     def generates(self, step: int) -> bool:
         return step % self.config.ratio == 0
@@ -71,7 +79,7 @@ class Objective(base.Objective):
         loss, logs = matching_loss(self.triad, batch, sample, t, self.config.weight)
         if self.config.regression:
             window, args = self.config.exits.window, (self.triad.generator, self.rollout, batch)
-            logs["regression"] = paired_loss(*args, sample.index, window, self.config.distance)
+            logs["regression"] = paired_loss(*args, sample.index, window, self.config.distance, self.perceive)
             loss = loss + self.config.regression * logs["regression"]
         return loss, logs
 

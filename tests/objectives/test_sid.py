@@ -63,6 +63,7 @@ def test_the_loss_is_one_minus_alpha_times_the_divergence(alpha: float) -> None:
     turn = play(exact(alpha), told_batch(*whitened(2)))["generator"]
     assert turn.loss == pytest.approx((1 - alpha) * M, abs=1e-5)
     assert turn.logs["gap"] ** 2 == pytest.approx(M, abs=1e-5)
+    assert turn.logs["lag"] == pytest.approx(0, abs=1e-5)  # E (R - F)(F - x): the critic knows the generator
 
 
 def test_the_fixture_is_the_gradient_of_the_divergence_itself() -> None:

@@ -6,7 +6,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from fewstep.objectives.base import Features
+
 Distance = Literal["l2", "l1", "huber"]
+Seen = Literal["l2", "l1", "huber", "reader", "lpips"]
+"""The last two compare what a frozen network sees."""
 
 
 def distance(a: Tensor, b: Tensor, kind: Distance, c: float = 1e-3) -> Tensor:
@@ -17,3 +21,9 @@ def distance(a: Tensor, b: Tensor, kind: Distance, c: float = 1e-3) -> Tensor:
     if kind == "l1":
         return difference.abs().mean()
     return ((difference.square() + c * c).sqrt() - c).mean()
+
+
+def perceived(a: Tensor, b: Tensor, features: Features) -> Tensor:
+    """Sum over feature maps of |f(a) - f(b)|^2: over channels a sum, over places and samples the mean."""
+    pairs = zip(features(a), features(b.detach()), strict=True)
+    return sum(((one - other).square().sum(1).mean() for one, other in pairs), a.new_zeros(()))
