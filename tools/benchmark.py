@@ -45,6 +45,12 @@ METHODS = (
     "snoopi",
     "sid",
     "sida",
+    "f_distill",
+    "decoupled_dmd",
+    "re_dmd",
+    "uni_dad",
+    "flash_dmd",
+    "disback",
 )
 BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
