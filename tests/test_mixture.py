@@ -28,4 +28,6 @@ def test_divergences_that_cover_keep_the_rare_mode(divergence: str) -> None:
     before = mixture.made(mixture.started("rough", 0)[0])
     after = mixture.run(f"f_distill, {divergence}", "rough", 0, 1000)
     assert before.kept and after.kept
-    assert sum(after.shares) > 0.95 and after.shares[0] == pytest.approx(0.5, abs=0.05)
+    assert all(
+        share > 0.8 * weight - 0.01 for share, weight in zip(after.shares, mixture.WEIGHTS.tolist(), strict=True)
+    )
