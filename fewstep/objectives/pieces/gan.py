@@ -11,6 +11,7 @@ from torch.nn.functional import relu, softplus
 
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
+from fewstep.core.prediction import Prediction
 from fewstep.models.backbone import Backbone, frozen
 from fewstep.models.head import Heads
 
@@ -47,6 +48,22 @@ def carried(loss: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
     """
     (slope,) = torch.autograd.grad(loss, leaf)
     return loss.detach() + (slope * (x - x.detach())).sum()
+
+
+def heard(
+    watched: Backbone, heads: Heads, x_t: Tensor, t: Tensor, cond: Condition, kind: GanLoss, stop: bool = True
+) -> tuple[Prediction, Tensor, Tensor]:
+    """A pass of `watched` at x_t, the logits (B,), and the generator's loss, differentiable in x_t alone.
+
+    The gradient in x_t is taken here, while the weights are frozen: gradient checkpointing would recompute the blocks
+    during a later backward, unfrozen, and fail.
+    """
+    leaf = x_t.detach().requires_grad_()
+    with frozen(watched), frozen(heads):
+        prediction = watched(leaf, t, cond, taps=heads.names, stop=stop)
+        logits = heads.each(prediction.features)
+        adversarial = carried(generator_loss(logits, kind), leaf, x_t)
+    return prediction, logits.detach().mean(1), adversarial
 
 
 def heads_for(watched: Backbone, taps: Sequence[str], x: Tensor, cond: Condition) -> Heads:
