@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
-from fewstep import build, cli, config
+from fewstep import build, cli, config, export
+from fewstep.core.draw import Draw
+from fewstep.models.backbone import Routed
 from fewstep.train import checkpoint
 
 SMALL = ["batch=4", "steps=4", "save.every=2", "evals.every=0", "evals.samples=0", "pairs.count=8", "pairs.steps=2"]
+
+EXPERTS = ["phased_dmd_experts", pytest.param("phased_dmd_experts_lora", marks=pytest.mark.slow)]
 
 
 def play(name: str, teacher: Path, out: Path, *more: str) -> Path:
@@ -19,18 +24,49 @@ def play(name: str, teacher: Path, out: Path, *more: str) -> Path:
     return next(out.iterdir())
 
 
-def network(stage: Path, part: str | None = None) -> dict[str, torch.Tensor]:
-    return checkpoint.read_network(checkpoint.available(stage / "checkpoints")[-1], "generator", part)
+def network(stage: Path, part: str | None = None, role: str = "generator") -> dict[str, torch.Tensor]:
+    return checkpoint.read_network(checkpoint.available(stage / "checkpoints")[-1], role, part)
 
 
-def test_second_phase_keeps_the_first_expert_and_starts_a_new_critic(tiny_teacher: Path, tmp_path: Path) -> None:
-    run = play("phased_dmd_experts", tiny_teacher, tmp_path)
+@pytest.mark.parametrize("config", EXPERTS)
+def test_second_phase_keeps_the_first_expert(tiny_teacher: Path, tmp_path: Path, config: str) -> None:
+    """Its average is what the second phase starts its samples from; both experts are whole networks, or adapters."""
+    run = play(config, tiny_teacher, tmp_path)
     first, second = network(run / "stage_1", "ema"), network(run / "stage_2")
     assert {name.split(".")[1] for name in second} == {"0", "1"}
     frozen = [name for name in first if name.startswith("experts.0.")]
     trained = [name for name in first if name.startswith("experts.1.")]
-    assert all(torch.equal(first[name], second[name]) for name in frozen)
+    assert frozen and all(torch.equal(first[name], second[name]) for name in frozen)
     assert any(not torch.equal(first[name], second[name]) for name in trained)
+
+
+@pytest.mark.slow
+def test_each_phase_starts_its_critic_from_the_teacher(tiny_teacher: Path, tmp_path: Path) -> None:
+    """With a rate near 0 the second critic ends where it began: at the teacher, from which the first one has gone."""
+    run = play("phased_dmd_experts", tiny_teacher, tmp_path, "stage_2.players.fake_score.lr=1e-20")
+    net = diffusers.UNet2DModel.from_pretrained(tiny_teacher / "unet")
+    teacher = {f"net.{name}": value for name, value in net.state_dict().items()}
+    first, second = network(run / "stage_1", role="fake_score"), network(run / "stage_2", role="fake_score")
+    assert any(not torch.equal(first[name], teacher[name]) for name in teacher)
+    assert all(torch.allclose(second[name], teacher[name], rtol=0, atol=1e-12) for name in teacher)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", EXPERTS)
+def test_experts_take_turns_at_inference(tiny_teacher: Path, tmp_path: Path, config: str) -> None:
+    """The first two of four steps are those of the first expert, the others those of the second, after a reload."""
+    run = export.load_run(play(config, tiny_teacher, tmp_path, "players.generator.lr=1e-2"))
+    routed = run.evaluated()
+    assert isinstance(routed, Routed)
+    draw = Draw(0, 0, torch.arange(2))
+    noise, cond = draw.normal("noise", run.shape), run.conditions.of(draw.ids)
+    with torch.no_grad():
+        walked = list(run.rollout.walk(routed, noise, cond, draw))
+    for index, sample in enumerate(walked):
+        told = torch.full((2,), run.rollout.steps[index].told)
+        said = [expert(sample.x_t, told, cond).at(sample.t).x0 for expert in routed.experts]
+        mine, other = said if index < 2 else said[::-1]
+        assert torch.allclose(sample.x0, mine, atol=1e-5) and (sample.x0 - other).abs().max() > 1e-4
 
 
 def test_pairs_are_made_once_and_distillation_starts_from_the_reflow(tiny_teacher: Path, tmp_path: Path) -> None:
