@@ -81,6 +81,16 @@ def test_every_command_shown_parses(line: str, monkeypatch: pytest.MonkeyPatch) 
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def test_the_pages_of_methods_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend("tools")
+    import method_pages
+
+    wanted = {method_pages.PAGES / f"{name}.md": method_pages.page(name) for name in method_pages.methods()}
+    assert len(wanted) >= 15
+    old = [str(file) for file, text in wanted.items() if file.read_text() != text]
+    assert not old, "run python tools/method_pages.py"
+
+
 def test_every_objective_is_in_the_table() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
     assert listed == set(base.names())

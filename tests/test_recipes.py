@@ -112,6 +112,14 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
             | {"fake_score": {**RTDMD_PLAYER, "lora": {"rank": 32, "alpha": 64.0}}}
         }
     ],
+    "sd35_ac_dmd": [
+        {"steps": 100_000, "batch": 9, "model": {"guidance": 4.5, "steps": 4}, "data": {"resolution": 512}}
+        | {"objective": {"ratio": 10, "times": {"low": 0.01, "high": 0.98}}}
+        | {
+            "players": {"generator": {**RTDMD_PLAYER, "ema": 0.99, "lora": {"rank": 32, "alpha": 64.0}}}
+            | {"fake_score": {**RTDMD_PLAYER, "lora": {"rank": 32, "alpha": 64.0}}}
+        }
+    ],
     # NVlabs/FastGen, WanT2V/config_dmd2.py
     "wan21_dmd2": [
         {"steps": 6_000, "batch": 64, "model": {"guidance": 5.0, "steps": 4, "shift": 5.0}, "data": {"frames": 81}}

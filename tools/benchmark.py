@@ -51,6 +51,7 @@ METHODS = (
     "uni_dad",
     "flash_dmd",
     "disback",
+    "ac_dmd",
 )
 BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
@@ -103,14 +104,14 @@ def code_of(module: str) -> str:
         spec = importlib.util.find_spec(name) if name not in seen else None
         if spec is None or spec.origin is None:
             return
-        text = Path(spec.origin).read_text()
-        seen[name] = hashlib.sha256(ast.dump(ast.parse(text)).encode()).hexdigest()
-        for node in ast.walk(ast.parse(text)):
+        tree = ast.parse(Path(spec.origin).read_text())
+        seen[name] = digest(ast.dump(tree))
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fewstep"):
+                package = importlib.util.find_spec(node.module or "")
                 look(node.module or "")
-                for alias in node.names:
-                    if (Path(spec.origin).parents[0] / f"{alias.name}.py").exists() or node.module == "fewstep":
-                        look(f"{node.module}.{alias.name}")
+                for alias in node.names if package and package.submodule_search_locations else ():
+                    look(f"{node.module}.{alias.name}")
 
     look(module)
     return digest(sorted(seen.items()))

@@ -40,6 +40,7 @@ PROCESSES: dict[str, tuple[NoiseSchedule, Kind]] = {
 GAN = {"gan_weight": 0.5, "gan_critic_weight": 0.5, "ratio": 2}
 WHOLE = Exits("last", 2)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "ac_dmd": {"": {"ratio": 2}},
     "consistency": {"": {}, "heun-self": {"solver": "heun", "target": "self"}, "training": {"mode": "training"}},
     "dmd": {"": {}, "free": {"regression": 0.0, "ratio": 2}, "whole": {"exits": WHOLE}},
     "disback": {"": {**GAN, "ratio": 1, "snapshots": 1, "record": 1, "interval": 2}},
