@@ -1,10 +1,11 @@
 """Which modes does a method keep? One step on a 2-D mixture with a component of 5 %, exact teacher, three seeds.
 
-    python tools/mixture.py [--only NAME ...] [--seeds 0 1 2] [--steps 2000]
+    python tools/mixture.py [--start mean rough] [--only NAME ...] [--seeds 0 1 2] [--steps 2000]
 
-Generator and critic are small perceptrons that start as the teacher's denoiser, so that the first one-step samples are
-all in the mean of the data. assets/benchmarks/mixture.json has the shares of the four components, mixture.png shows the
-samples.
+Generator and critic are small perceptrons that start as the teacher's denoiser. From the start `mean` every first
+sample is the mean of the data, and a mode has to be found; from the start `rough` the generator was fitted to 512 of
+the teacher's pairs for a while, has every mode, and can lose them. assets/benchmarks/mixture.json has the shares of
+the four components, mixture_mean.png and mixture_rough.png show samples.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ STD = 0.35
 KEPT = 0.01
 """the least share of the rare component that counts as kept"""
 SAMPLES, SHOWN = 20_000, 400
+STARTS = {"mean": 0, "rough": 150}
+"""start -> moves on the teacher's pairs"""
 GAN = {"gan_weight": 0.1, "gan_critic_weight": 1.0}
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,6 +60,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "diff_instruct": ("diff_instruct", {"ratio": 5}),
     "swiftbrush": ("swiftbrush", {"ratio": 5}),
     "sid": ("sid", {"ratio": 5, "alpha": 1.0}),
+    "flash_dmd": ("flash_dmd", {**GAN, "split": 0.5}),
+    "disback": ("disback", {**GAN, "record": 200, "interval": 200}),
     "sida": ("sida", {"ratio": 5, "alpha": 1.0}),
 }
 """Row -> its objective and what differs from its defaults."""
@@ -90,7 +95,7 @@ class Perceptron(Backbone):
 
 
 @cache
-def started(seed: int) -> tuple[Perceptron, Perceptron, Pair]:
+def started(start: str, seed: int) -> tuple[Perceptron, Perceptron, Pair]:
     """Generator, critic and the teacher's pairs, alike for every method."""
     torch.manual_seed(seed)
     critic, real = Perceptron(), teacher()
@@ -98,7 +103,9 @@ def started(seed: int) -> tuple[Perceptron, Perceptron, Pair]:
     noise = Draw(seed, 0, torch.arange(512)).normal("pairs", (2,))
     ones = torch.ones(len(noise))
     pair = Pair(noise, real.flow_map(noise, ones, 0 * ones, steps=100), Condition())
-    return copy.deepcopy(critic), critic, pair
+    generator = copy.deepcopy(critic)
+    fit(generator, STARTS[start], lambda step: (generator(noise, ones, Condition()).x0 - pair.x0).square().mean())
+    return generator, critic, pair
 
 
 def fit(net: nn.Module, steps: int, loss_at: Any) -> None:
@@ -142,10 +149,10 @@ def shares(samples: Tensor) -> list[float]:
     return [((nearest == i) & (distance < 4 * STD)).float().mean().item() for i in range(len(MEANS))]
 
 
-def run(method: str, seed: int, steps: int) -> Result:
+def run(method: str, start: str, seed: int, steps: int) -> Result:
     """Trains `method` for `steps` steps of 128 samples and looks at what its one step makes."""
     name, differs = METHODS[method]
-    generator, critic, pair = (copy.deepcopy(part) for part in started(seed))
+    generator, critic, pair = (copy.deepcopy(part) for part in started(start, seed))
     module = base.find(name)
     config = module.Config(**differs)
     needs = module.Objective.needs(config)
@@ -197,24 +204,32 @@ def plot(rows: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--start", nargs="+", choices=tuple(STARTS), default=list(STARTS))
     parser.add_argument("--only", nargs="+", choices=tuple(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
+    for start in args.start:
+        compare(start, args.only, args.seeds, args.steps)
+
+
+def compare(start: str, methods: list[str], seeds: list[int], steps: int) -> None:
+    """Adds the rows of `methods` from a start to the record, one by one, and draws them."""
+    record = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    rows = record.setdefault(start, {})
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     true = drawn(Draw(9, 0, torch.arange(SAMPLES)))
-    known = {"truth": lambda seed: Result(shares(true), true), "start": lambda seed: made(started(seed)[0])}
-    for method in (*known, *args.only):
-        results = [known[method](seed) if method in known else run(method, seed, args.steps) for seed in args.seeds]
+    known = {"truth": lambda seed: Result(shares(true), true), "start": lambda seed: made(started(start, seed)[0])}
+    for method in (*known, *methods):
+        results = [known[method](seed) if method in known else run(method, start, seed, steps) for seed in seeds]
         row = {"shares": [result.shares for result in results], "kept": [result.kept for result in results]}
-        row |= {"steps": args.steps, "commit": commit, "date": f"{date.today():%Y-%m-%d}"}
-        record["rows"][method] = row | {"points": results[0].points()}
+        row |= {"steps": steps, "commit": commit, "date": f"{date.today():%Y-%m-%d}"}
+        rows[method] = row | {"points": results[0].points()}
         rare = ", ".join(f"{result.shares[-1]:.3f}" for result in results)
-        print(f"{method:36} rare component {rare}", flush=True)
+        print(f"{start:6} {method:36} rare component {rare}", flush=True)
         RESULT.write_text(json.dumps(record) + "\n")
-    plot(record["rows"], RESULT.with_suffix(".png"))
+    plot(rows, RESULT.with_name(f"mixture_{start}.png"))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,11 @@ class Guided(Composite):
         return replace(prediction, value=value, x_t=x_t, t=t)
 
 
+def unguided(net: Backbone) -> Backbone:
+    """The bare network inside a guided one: its answers and features are those of the conditional pass."""
+    return net.inner if isinstance(net, Guided) else net
+
+
 class Blend(Backbone):
     """The weighted mean of backbones on one process, sum_i w_i x0_i / sum_i w_i, read as the first one's kind."""
 

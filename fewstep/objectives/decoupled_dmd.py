@@ -16,7 +16,7 @@ from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
 from fewstep.core.schedule import shift
 from fewstep.core.times import Times
-from fewstep.models.backbone import Guided
+from fewstep.models.backbone import Guided, unguided
 from fewstep.objectives import dmd2
 from fewstep.objectives.pieces.score_gap import direction, noised
 from fewstep.rollout import Sample
@@ -69,7 +69,7 @@ class Objective(dmd2.Objective):
     @torch.no_grad()
     def teach(self, x_t: Tensor, t: Tensor, x_guided: Tensor, guided_t: Tensor, cond: Condition) -> tuple[Tensor, ...]:
         """The teacher's x0 with the condition at x_t, with it at x_guided and without it there, in one pass."""
-        teacher = dmd2.teacher_of(self.triad.real_score)
+        teacher = unguided(self.triad.real_score)
         every = Condition.cat(Condition.cat(cond, cond), teacher.null(cond))
         return teacher(torch.cat([x_t, x_guided, x_guided]), torch.cat([t, guided_t, guided_t]), every).x0.chunk(3)
 

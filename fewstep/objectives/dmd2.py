@@ -22,7 +22,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import add_noise
 from fewstep.core.times import Times
-from fewstep.models.backbone import Backbone, Guided, frozen
+from fewstep.models.backbone import Backbone, unguided
 from fewstep.models.head import Heads
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
@@ -125,7 +125,7 @@ class Objective(base.Objective):
     @property
     def watched(self) -> Backbone:
         """The network whose features the discriminator reads."""
-        return self.triad.fake_score if self.config.gan_features == "fake" else teacher_of(self.triad.real_score)
+        return self.triad.fake_score if self.config.gan_features == "fake" else unguided(self.triad.real_score)
 
     @property
     def real(self) -> Backbone:
@@ -209,18 +209,9 @@ class Objective(base.Objective):
             return fake_score(x_t, t, cond).x0, logits, adversarial
 
     def hear(self, x_t: Tensor, t: Tensor, cond: Condition, stop: bool) -> tuple[Prediction, Tensor, Tensor]:
-        """A pass of the watched network, the logits (B,) and the GAN's loss, differentiable in x_t alone.
-
-        The gradient in x_t is taken here, while the weights are frozen: gradient checkpointing would recompute the
-        blocks during a later backward, unfrozen, and fail.
-        """
+        """A pass of the watched network, the logits (B,) and the GAN's loss, differentiable in x_t alone."""
         assert self.heads is not None
-        x = x_t.detach().requires_grad_()
-        with frozen(self.watched), frozen(self.heads):
-            prediction = self.watched(x, t, cond, taps=self.taps, stop=stop)
-            logits = self.heads.each(prediction.features)
-            adversarial = gan.carried(gan.generator_loss(logits, self.config.gan_loss), x, x_t)
-        return prediction, logits.detach().mean(1), adversarial
+        return gan.heard(self.watched, self.heads, x_t, t, cond, self.config.gan_loss, stop)
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd2.critic_t", self.config.critic_times)
@@ -260,8 +251,3 @@ class Objective(base.Objective):
         assert self.heads is not None
         x_t = add_noise(self.triad.generator.schedule, x0, eps, t)
         return self.heads.each(self.features(x_t, t, cond).features)
-
-
-def teacher_of(real_score: Backbone) -> Backbone:
-    """The bare teacher inside a guided one: features are those of the conditional pass."""
-    return real_score.inner if isinstance(real_score, Guided) else real_score

@@ -21,7 +21,7 @@ from fewstep.core.schedule import expand
 from fewstep.core.times import Times
 from fewstep.objectives import dmd2
 from fewstep.objectives.base import Share, Turn, Turns, sample_logs
-from fewstep.objectives.pieces import gan
+from fewstep.objectives.pieces.carried import carried
 
 Divergence = Literal[
     "reverse_kl",
@@ -92,7 +92,7 @@ class Objective(dmd2.Objective):
             weight = yield from self.weights(look)
             sample = self.sample(batch, step, grad=True)
             if look.adversarial is not None:
-                look = replace(look, adversarial=gan.carried(look.adversarial, leaf, sample.x0))
+                look = replace(look, adversarial=carried(look.adversarial, leaf, sample.x0))
             gradient = expand(weight, leaf) * self.gradient(batch, sample, look)
             loss, logs = self.loss_along(batch, sample, look, gradient)
             logs["ratio/spread"] = weight.std(unbiased=False)

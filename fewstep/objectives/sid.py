@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fewstep.core.batch import Batch
@@ -51,12 +50,10 @@ class Objective(diff_instruct.Objective):
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "sid.t", self.config.times)
         eps = batch.draw.normal("sid.eps", sample.x0.shape[1:])
-        # Taken here, while the weights are frozen: a checkpointed block would be recomputed unfrozen in backward.
         x = sample.x0.detach().requires_grad_()
         with frozen(self.triad.fake_score):
             loss, logs = self.divergence(x, add_noise(self.triad.generator.schedule, x, eps, t), t, batch)
-            (slope,) = torch.autograd.grad(loss, x)
-        return carried(loss, slope, sample.x0), logs
+            return carried(loss, x, sample.x0), logs
 
     def divergence(self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
         """The loss as a function of the samples x and of x_t, which is made of them."""

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
-from fewstep.models.backbone import Guided
+from fewstep.models.backbone import Guided, unguided
 from fewstep.objectives import swiftbrush
 from fewstep.objectives.base import Triad
-from fewstep.objectives.dmd2 import teacher_of
 
 _SHARES = 1 << 20  # a shared draw is an integer: this many values of kappa
 
@@ -51,7 +50,7 @@ class Objective(swiftbrush.Objective):
             )
 
     def compared(self, batch: Batch) -> Triad:
-        teacher, fake_score = teacher_of(self.triad.real_score), self.triad.fake_score
+        teacher, fake_score = unguided(self.triad.real_score), self.triad.fake_score
         kappa = self.kappa(batch)
         return replace(self.triad, real_score=Guided(teacher, kappa), fake_score=Guided(fake_score, kappa))
 

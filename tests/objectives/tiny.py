@@ -71,6 +71,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "gap": {"gan_weight": 0.0, "split": 0.0},
         "own": {**GAN, "critic_average": 1.0},
     },
+    # The hinge gives the last bias no gradient while all logits lie in its margin.
+    "ladd": {"": {"gan_loss": "softplus", "ratio": 2, "gan_taps": ["down_blocks.1", "mid_block"], "gan_r1": 10.0}},
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
     "uni_dad": {
         "": {**GAN, "target_teacher": "given", "target_share": 0.5, "gan_taps": ["down_blocks.1", "mid_block"]}

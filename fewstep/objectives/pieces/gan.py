@@ -11,8 +11,10 @@ from torch.nn.functional import relu, softplus
 
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
+from fewstep.core.prediction import Prediction
 from fewstep.models.backbone import Backbone, frozen
 from fewstep.models.head import Heads
+from fewstep.objectives.pieces.carried import carried
 
 GanLoss = Literal["softplus", "hinge"]
 
@@ -40,13 +42,16 @@ def accuracy(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
     return 0.5 * ((fake_logits < 0).float().mean() + (real_logits > 0).float().mean())
 
 
-def carried(loss: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
-    """A loss formed on `leaf`, which holds the values of x (B, *S): the same value and gradient, through x alone.
-
-    Its graph ends here, so it can be formed while weights are frozen and forgotten before the backward pass.
-    """
-    (slope,) = torch.autograd.grad(loss, leaf)
-    return loss.detach() + (slope * (x - x.detach())).sum()
+def heard(
+    watched: Backbone, heads: Heads, x_t: Tensor, t: Tensor, cond: Condition, kind: GanLoss, stop: bool = True
+) -> tuple[Prediction, Tensor, Tensor]:
+    """A pass of `watched` at x_t, the logits (B,), and the generator's loss, differentiable in x_t alone."""
+    leaf = x_t.detach().requires_grad_()
+    with frozen(watched), frozen(heads):
+        prediction = watched(leaf, t, cond, taps=heads.names, stop=stop)
+        logits = heads.each(prediction.features)
+        adversarial = carried(generator_loss(logits, kind), leaf, x_t)
+    return prediction, logits.detach().mean(1), adversarial
 
 
 def heads_for(watched: Backbone, taps: Sequence[str], x: Tensor, cond: Condition) -> Heads:
