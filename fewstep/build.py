@@ -452,7 +452,7 @@ def assemble(
             'objective.label_dropout trains without a label now and then, but no class of this network means "no '
             'class": set objective.label_dropout=0, or give the network one class more than there are labels'
         )
-    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle)
+    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle, kind.dials)
     networks = [net for net in vars(triad).values() if net is not None]
     if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)
@@ -490,14 +490,22 @@ def build_triad(
     rollout: Rollout,
     device: torch.device,
     idle: tuple[str, ...] = (),
+    dials: tuple[str, ...] = (),
 ) -> Triad:
-    """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; some are frozen."""
+    """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; some are frozen.
+
+    The generator's have `dials`.
+    """
     if "real_score" in roles and config.model.teacher is None:
         raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
     _check_experts(config, rollout)
     triad: dict[str, Backbone] = {}
+    if dials and processes.size() > 1:
+        raise UserError("an objective that tells its generator more than the time is for one process")
     for role, networks in _networks(config, teacher, roles, device, idle).items():
         for network in networks:
+            for dial in dials if role == "generator" else ():
+                network.add_dial(dial)
             offload.place(network, device)
             network.eval().requires_grad_(role not in objectives.FROZEN)
         length = len(rollout) // len(networks)

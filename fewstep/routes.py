@@ -104,10 +104,10 @@ def exportable(run: Run) -> DiffusersBackbone:
         )
     if not isinstance(backbone, DiffusersBackbone):
         raise UserError(f"a {type(backbone).__name__} has no stock diffusers pipeline: sample with fewstep")
-    if backbone.dials or run.rollout.two_times:
-        told = ", ".join(backbone.dials) or "to"
+    told = ", ".join(name for name in backbone.dials if name not in run.objective.dials)
+    if told or run.rollout.two_times:
         raise UserError(
-            f"this network is told more than the time ({told}), for which stock diffusers has no input: "
+            f"this network is told more than the time ({told or 'to'}), for which stock diffusers has no input: "
             "sample with fewstep"
         )
     return backbone.fused()

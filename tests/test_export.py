@@ -281,6 +281,12 @@ def test_no_stock_route_for_a_transition(tmp_path: Path, overrides: tuple[str, .
     assert not (tmp_path / "out").exists()
 
 
+def test_what_training_alone_tells_a_network_needs_no_input(tmp_path: Path) -> None:
+    run = tiny(tmp_path, "objective={name: twinflow}", "players={generator: {lr: 1.0e-4}}")
+    assert list(run.triad.generator.dials) == ["sign"]
+    assert (export(run, tmp_path / "out") / "model_index.json").is_file()
+
+
 def test_no_stock_route_for_a_network(tmp_path: Path, exported: Exported) -> None:
     run = tiny(tmp_path, *CASES["flow-ode-1"])
     plain = run.evaluated()

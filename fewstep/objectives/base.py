@@ -65,6 +65,7 @@ class Objective(nn.Module):
     """A method. Subclasses are called `Objective`, one a file, beside a dataclass called `Config`.
 
     `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses (x0, pair).
+    `dials` are scalars beside the time that training alone tells the generator.
     `partial` objectives make samples that may end above level 0, and compare such states as they are.
     `group` samples next to each other share a condition and stay in one micro-batch.
     `perception` names the frozen network by which it compares samples, reader or lpips: it is lent as `perceive`.
@@ -73,6 +74,7 @@ class Objective(nn.Module):
 
     roles: ClassVar[tuple[str, ...]] = ("generator",)
     reads: tuple[str, ...] = ()
+    dials: ClassVar[tuple[str, ...]] = ()
     partial: bool = False
     group: int = 1
     perception: str | None = None

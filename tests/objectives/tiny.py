@@ -85,11 +85,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "sum": ode}
 """Of objectives, or variants of them, that pair a noise with its sample; the others renoise."""
 
+ONLY = {"twinflow": ["flow"]}
+"""Objectives that are for some processes alone."""
+
 CASES = [
     f"{name}{'-' if variant else ''}{variant}/{process}"
     for name in base.names()
     for variant in VARIANTS.get(name, {"": {}})
-    for process in PROCESSES
+    for process in ONLY.get(name, PROCESSES)
 ]
 
 
@@ -180,6 +183,10 @@ def make(
     config = module.Config(**VARIANTS.get(name, {"": {}})[variant])
     roles = module.Objective.needs(config)
     networks: dict[str, Any] = {"generator": network(1, "generator")}
+    torch.manual_seed(7)
+    for dial in module.Objective.dials:
+        networks["generator"].add_dial(dial)
+        nn.init.normal_(networks["generator"].dials[dial].layers[-1].weight, std=0.05)
     if "target_score" in roles:
         networks["target_score"] = Guided(plain(4), 1.5).requires_grad_(False)
     if "real_score" in roles:
