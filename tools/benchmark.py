@@ -52,6 +52,7 @@ METHODS = (
     "flash_dmd",
     "disback",
     "ac_dmd",
+    "twinflow",
 )
 BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
