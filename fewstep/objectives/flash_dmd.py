@@ -10,15 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
+from fewstep.core.schedule import add_noise
 from fewstep.objectives import dmd2
 from fewstep.objectives.base import Logs
-from fewstep.objectives.pieces.matching import matching_loss
-from fewstep.objectives.pieces.score_gap import noised
+from fewstep.objectives.pieces.matching import critic_loss, matching_loss
 from fewstep.rollout import Sample
 
 
@@ -56,11 +55,34 @@ class Objective(dmd2.Objective):
     def drawn(self) -> dict[str, float]:
         return {"fake_score": self.config.critic_average} if self.config.critic_average < 1 else {}
 
+    def noisy(self, sample: Sample) -> bool:
+        """Whether the sample was made from an input above the split."""
+        return self.rollout.steps[sample.index].level > self.config.split
+
+    def matched(self, sample: Sample, step: int) -> bool:
+        """Whether its distribution is what counts: all samples', as long as the discriminator only learns."""
+        return self.noisy(sample) or step < self.config.gan_start
+
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "flash.t", self.config.times)
-        if self.rollout.steps[sample.index].level > self.config.split or step < self.config.gan_start:
+        if self.matched(sample, step):
             return matching_loss(self.triad, batch, sample.clean(), t, self.config.weight)
-        eps = batch.draw.normal("flash.eps", sample.x0.shape[1:])
-        x_t = noised(self.triad.generator.schedule, sample.x0, torch.zeros_like(t), t, eps)
+        x_t = self.noised(batch, sample, t, "flash.eps")
         _, _, adversarial = self.hear(x_t, t, batch.cond, stop=True)
         return self.config.gan_weight * adversarial, {"gan/generator": adversarial}
+
+    def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
+        """Critic and discriminator learn from the samples that they judge: of all, the critic would know a mixture."""
+        t = self.draw_time(batch, "flash.critic_t", self.config.critic_times)
+        loss, logs = sample.x0.new_zeros(()), Logs()
+        if self.matched(sample, step):
+            loss = critic_loss(self.triad, batch, sample.clean(), t)
+        if not self.noisy(sample):
+            fake = self.features(self.noised(batch, sample, t, "flash.critic_eps"), t, batch.cond)
+            adversarial, logs = self.discriminate(batch, fake)
+            loss = loss + self.config.gan_critic_weight * adversarial
+        return loss, logs
+
+    def noised(self, batch: Batch, sample: Sample, t: Tensor, purpose: str) -> Tensor:
+        eps = batch.draw.normal(purpose, sample.x0.shape[1:])
+        return add_noise(self.triad.generator.schedule, sample.x0, eps, t)

@@ -107,8 +107,8 @@ def test_split_at_one_is_the_gan_alone() -> None:
 
 
 def test_a_step_makes_only_the_passes_of_its_own_loss() -> None:
-    """The gap: a whole pass of each score. The GAN: a stopped one of the teacher. Then the critic's turn."""
-    for split, teacher, critic in ((0.0, [False, True, True], [False, False]), (1.0, [True] * 3, [False])):
+    """The gap: a whole pass of each score, then the critic's own. The GAN: stopped ones of the teacher alone."""
+    for split, teacher, critic in ((0.0, [False], [False, False]), (1.0, [True] * 3, [])):
         objective = flash((1.0,), split=split)
         for net in (objective.triad.real_score.inner, objective.triad.fake_score):
             net.stops.clear()
@@ -119,7 +119,10 @@ def test_a_step_makes_only_the_passes_of_its_own_loss() -> None:
 
 def test_until_the_gan_starts_every_step_gets_the_gap() -> None:
     objective = flash((1.0,), split=1.0, gan_start=1)
-    assert [("gap" in play(objective, real_batch(s), s)["generator"].logs) for s in (0, 1)] == [True, False]
+    played = [play(objective, real_batch(s), s) for s in (0, 1)]
+    assert [("gap" in turns["generator"].logs) for turns in played] == [True, False]
+    for turns, touched in zip(played, ({"fake_score", "own"}, {"own"}), strict=True):
+        assert turns["fake_score"].touched() == touched  # critic and discriminator learn what they judge
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.97, 0.0])
@@ -175,12 +178,12 @@ def test_learns_the_teacher_from_the_gap_with_an_exact_critic() -> None:
 def test_learns_the_teacher_from_the_gap_at_first_and_the_gan_after_it() -> None:
     """Two renoised steps; the critic is learned, and the second step is told by the discriminator alone.
 
-    The first reaches N(1, .7^2) within 4 %, the second within 5 %.
+    The first reaches N(1, .7^2) within 4 %, the second, on random features of a frozen teacher, within 20 %.
     """
-    objective = flash((1.0, 0.5), critic=STUDENT, gan_weight=0.5, gan_critic_weight=1.0, ratio=5)
-    players = players_for(objective, adam(5e-3, 1000), adam(1e-2))
-    learn(objective, players, 5000, extra=lambda d: {"x0": TEACHER[0] + TEACHER[1] * d.normal("real", (32,))}, size=64)
+    objective = flash((1.0, 0.5), critic=STUDENT, gan_weight=0.5, gan_critic_weight=1.0, ratio=2)
+    players = players_for(objective, adam(1e-2, 1000), adam(2e-2))
+    learn(objective, players, 2000, extra=lambda d: {"x0": TEACHER[0] + TEACHER[1] * d.normal("real", (32,))}, size=64)
     student = objective.triad.generator
     laws = [exact_law(student, objective.rollout, index, 0.0, fresh=True) for index in (0, 1)]  # type: ignore[arg-type]
     assert laws[0] == pytest.approx(TEACHER, rel=0.04)
-    assert laws[1] == pytest.approx(TEACHER, rel=0.05)
+    assert laws[1] == pytest.approx(TEACHER, rel=0.2)

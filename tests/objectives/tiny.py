@@ -68,9 +68,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "snoopi": {"": {"label_dropout": 0.5}},
     "swiftbrush": {"": {"label_dropout": 0.5}},
     "flash_dmd": {
-        "": {**GAN, "split": 1.0},
+        "": {**GAN, "split": 1.0, "gan_start": 2},
         "gap": {"gan_weight": 0.0, "split": 0.0},
-        "own": {**GAN, "critic_average": 1.0},
+        "own": {**GAN, "split": 1.0, "gan_start": 2, "critic_average": 1.0},
     },
     # The hinge gives the last bias no gradient while all logits lie in its margin.
     "ladd": {"": {"gan_loss": "softplus", "ratio": 2, "gan_taps": ["down_blocks.1", "mid_block"], "gan_r1": 10.0}},
