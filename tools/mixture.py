@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "diff_instruct": ("diff_instruct", {"ratio": 5}),
     "swiftbrush": ("swiftbrush", {"ratio": 5}),
     "sid": ("sid", {"ratio": 5, "alpha": 1.0}),
-    "flash_dmd": ("flash_dmd", {**GAN, "split": 0.5}),
+    "flash_dmd": ("flash_dmd", {**GAN, "split": 0.5, "gan_features": "fake"}),
     "disback": ("disback", {**GAN, "record": 200, "interval": 200}),
     "sida": ("sida", {"ratio": 5, "alpha": 1.0}),
 }
