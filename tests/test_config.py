@@ -41,6 +41,8 @@ def tiny(file: Path, teacher: Path, sizes: dict[str, Any], prompted: Path) -> li
         overrides += [f"model.network.{k}={v}" for k, v in sizes.items()]
     else:
         overrides.append(f"model.teacher={teacher}")
+    if "uni_dad" in file.stem:
+        overrides.append(f"objective.target_teacher={teacher}")
     return config.load(file, overrides)
 
 
