@@ -1,8 +1,8 @@
 """Mean and variance of each sample held to those of data: the moment regulariser of Decoupled DMD (arXiv:2511.22677).
 
-With m and v over all values of one sample, L = KL(N(m, v) || N(mean, std^2)), the mean over samples:
-1/2 ((v + (m - mean)^2) / std^2 - 1 - log(v / std^2)). It holds back what guidance alone would drive too far. A term of
-`sum`; by itself it makes noise of these moments.
+With m and v over all values of one sample, L = KL(N(m, v) || N(mean, variance)), the mean over samples:
+1/2 ((v + (m - mean)^2) / variance - 1 - log(v / variance)). It holds back what guidance alone would drive too far.
+A term of `sum`; by itself it makes noise of these moments.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Config:
     name: str = "moment"
     mean: float = 0.0
     """that samples shall have; latents of SDXL: 0.075"""
-    std: float = 1.0
-    """deviation that samples shall have; latents of SDXL: 0.81"""
+    variance: float = 1.0
+    """that samples shall have; latents of SDXL: 0.81"""
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise UserError(f"objective.std is a deviation above 0, but {self.std} was given")
+        if not self.variance > 0:
+            raise UserError(f"objective.variance is above 0, but {self.variance} was given")
 
 
 class Objective(base.Objective):
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
-        x = sample.x0.float().flatten(1)
-        mean, variance = x.mean(1), x.var(1, correction=0).clamp(min=1e-12)
-        ratio = variance / self.config.std**2
-        loss = 0.5 * (ratio + ((mean - self.config.mean) / self.config.std).square() - 1 - ratio.log()).mean()
-        return loss, {"moment": loss}
+        x, target = sample.x0.float().flatten(1), self.config
+        ratio = x.var(1, correction=0).clamp(min=1e-12) / target.variance
+        apart = (x.mean(1) - target.mean).square() / target.variance
+        loss = 0.5 * (ratio + apart - 1 - ratio.log()).mean()
+        return loss, {"moment": loss.detach()}

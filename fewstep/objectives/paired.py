@@ -54,4 +54,4 @@ class Objective(base.Objective):
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         args = (self.triad.generator, self.rollout, batch, sample.index, self.config.window)
         loss = paired_loss(*args, self.config.distance, self.perceive)
-        return loss, {"paired": loss}
+        return loss, {"paired": loss.detach()}

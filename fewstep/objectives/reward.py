@@ -48,4 +48,4 @@ class Objective(base.Objective):
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         reward = self.reward(sample.x0, batch.cond).mean()
-        return -reward, {"reward": reward}
+        return -reward, {"reward": reward.detach()}
