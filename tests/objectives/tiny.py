@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "msd": {"": {**GAN, "parts": 2, "labels": LABELS}},
     "phased_dmd": {"": {"ratio": 2}},
+    "reward": {"": {"reward": "tiny:brightness"}},
     "rectified_flow": {
         "": {},
         "distill": {"phase": "distill"},
@@ -82,7 +83,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "sum": ode}
+TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "paired": ode, "sum": ode}
 """Of objectives, or variants of them, that pair a noise with its sample; the others renoise."""
 
 ONLY = {"twinflow": ["flow"]}
