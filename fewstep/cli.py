@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.core.errors import SaidOnce, UserError
-from fewstep.sampling_arguments import add_arguments, add_choice, step
+from fewstep.sampling_arguments import add_arguments, add_base_first, add_choice, step
 
 if TYPE_CHECKING:
     from fewstep.config import Config
@@ -90,7 +90,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from fewstep import evaluation, finish
 
     first = Path(args.targets[0])
-    if len(args.targets) == 1 and args.metrics is None and args.reference is None and evaluation.is_run(first):
+    plain = args.metrics is None and args.reference is None and args.base_first is None
+    if len(args.targets) == 1 and plain and evaluation.is_run(first):
         finish.evaluate(first, args.step, args.samples)
     else:
         evaluation.main(args)
@@ -217,6 +218,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("targets", nargs="+", help="run folders, pipeline folders, folders of images; one run: its table")
     _step_argument(one)
     one.add_argument("--samples", type=int, default=2000, help="images to measure")
+    add_base_first(one)
     _metric_arguments(one)
     one.set_defaults(call=evaluate)
 

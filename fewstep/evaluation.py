@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep import build, measure
+from fewstep.build import Run
 from fewstep.config import FEWEST_SAMPLES, check_samples
 from fewstep.core.errors import UserError
 from fewstep.data.source import WORLDS, PromptSource, Source, open_source
@@ -23,7 +24,7 @@ from fewstep.metrics import METRICS, Subject, Wanted, evaluate, metric
 from fewstep.models.loading import locate
 from fewstep.plan import aligned
 from fewstep.sampling import open_folder
-from fewstep.subjects import Pictures, of_run, of_sampler
+from fewstep.subjects import Generated, Pictures, of_run, of_sampler
 from fewstep.train.checkpoint import write_text
 
 DEFAULT = ("frechet", "kernel", "neighbours")
@@ -69,15 +70,21 @@ def subjects(args: argparse.Namespace) -> tuple[list[Subject], Source]:
     found: list[Subject] = []
     for name, target in targets.items():
         if name in runs:
-            found.append(of_run(name, runs[name], *measure.student(runs[name])))
+            found.append(_generated(name, runs[name], args.base_first))
         elif (target / "model_index.json").is_file():
-            sampler = open_folder(target, args.steps)
+            sampler = open_folder(target, args.steps, base_first=args.base_first)
             found.append(of_sampler(name, sampler, prompts.captions, measure.SAMPLE_SEED))
         elif target.is_dir():
             found.append(_pictures(target, world.resolution))
         else:
             raise UserError(f"{target} is no run, no pipeline folder and no folder of images")
     return found, world
+
+
+def _generated(name: str, run: Run, base_first: int | None) -> Generated:
+    """The student of a run, or with `base_first` the teacher before it."""
+    net, rollout = measure.student(run)
+    return of_run(name, run, net, rollout if base_first is None else measure.relay(run, rollout, base_first))
 
 
 def _pictures(folder: Path, resolution: int) -> Pictures:

@@ -19,6 +19,7 @@ from fewstep.build import Run
 from fewstep.config import FEWEST_SAMPLES
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
+from fewstep.core.errors import UserError
 from fewstep.data.captioned import attributes_of, rows_of
 from fewstep.data.scenes import ATTRIBUTES, LABELS, law
 from fewstep.data.source import HELD_OUT, CaptionedSource, SceneSource, Source
@@ -33,6 +34,7 @@ from fewstep.models import schedulers
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.loading import DENOISERS, locate
 from fewstep.perception import reader_folder
+from fewstep.relay import Relay
 from fewstep.rollout import Rollout, transition
 from fewstep.train import processes
 from fewstep.train.checkpoint import sha256, write_text
@@ -109,6 +111,13 @@ def teacher(run: Run, steps: int) -> tuple[Backbone, Rollout]:
     """The guided teacher and a deterministic rollout of `steps` passes."""
     scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", steps, run.teacher.shift)
     return run.guided(), Rollout(schedulers.steps_of(scheduler, steps), transition("ode"))
+
+
+def relay(run: Run, rollout: Rollout, first: int) -> Relay:
+    """The student's `rollout`, its first steps left to the teacher. Raises UserError for a run without a teacher."""
+    if run.config.model.teacher is None:
+        raise UserError("--base-first lets the teacher begin, but this run was trained without one: leave it out")
+    return Relay(*teacher(run, TEACHER_STEPS), rollout, first)
 
 
 def made(run: Run, net: Backbone, rollout: Rollout, count: int, seed: int, progress: bool = False) -> Tensor:
@@ -235,11 +244,10 @@ def measure(name: str, run: Run, net: Backbone, rollout: Rollout, truth: Truth, 
     began = time.perf_counter()
     images = made(run, net, rollout, count, SAMPLE_SEED, progress=True)
     seconds = time.perf_counter() - began
-    guided = isinstance(net, Guided) and net.scale != 1
     measured = row(name, images, labels, truth, run.source)
     if isinstance(run.source, CaptionedSource):
         measured |= _captions(run, images) | {"prompt_diversity": prompt_diversity(run, net, rollout, run.source)}
-    return measured | {"passes": len(rollout) * (2 if guided else 1), "images_per_second": round(count / seconds, 2)}
+    return measured | {"passes": rollout.passes(net), "images_per_second": round(count / seconds, 2)}
 
 
 def _captions(run: Run, images: Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ from fewstep.core.draw import Draw
 from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import bridge
 from fewstep.core.times import Step
-from fewstep.models.backbone import Backbone
+from fewstep.models.backbone import Backbone, passes
 
 TransitionName = Literal["renoise", "ode", "cps", "gamma"]
 Move = tuple[Tensor, Tensor | None]
@@ -108,6 +108,10 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def passes(self, net: Backbone) -> int:
+        """Network passes from noise to a sample."""
+        return len(self) * passes(net)
 
     def level_after(self, index: int) -> float:
         """The level a step hands its state on at: the next step's, or 0 after the last."""

@@ -95,18 +95,25 @@ class Sampler:
 
 
 def open_folder(
-    folder: Path, steps: int | None = None, guidance: float | None = None, checkpoint: int | str | None = None
+    folder: Path,
+    steps: int | None = None,
+    guidance: float | None = None,
+    checkpoint: int | str | None = None,
+    base_first: int | None = None,
 ) -> Sampler:
-    """The generator of a run folder or of a diffusers pipeline folder.
+    """The generator of a run folder or of a diffusers pipeline folder; `base_first` steps are left to the teacher.
 
-    Raises UserError for a folder that is neither, too many steps, and guidance without a null class.
+    Raises UserError for a folder that is neither, too many steps, guidance without a null class, and a pipeline folder
+    with `base_first`.
     """
     folder = loading.locate(str(folder))
     if (folder / "model_index.json").is_file():
         if checkpoint is not None:
             raise UserError(f"{folder} is a pipeline folder and has no checkpoints: leave --checkpoint out")
+        if base_first is not None:
+            raise UserError(f"{folder} is a pipeline folder, with no teacher beside it: give --base-first with a run")
         return _of_pipeline(folder, steps, 1.0 if guidance is None else guidance)
-    return _of_run(folder, steps, guidance, checkpoint)
+    return _of_run(folder, steps, guidance, checkpoint, base_first)
 
 
 def open_bank(
@@ -131,7 +138,9 @@ def open_bank(
     return dataclasses.replace(samplers[0], net=Bank([sampler.net for sampler in samplers], whole))
 
 
-def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint: int | str | None) -> Sampler:
+def _of_run(
+    folder: Path, steps: int | None, guidance: float | None, checkpoint: int | str | None, base_first: int | None
+) -> Sampler:
     run = load_run(folder, checkpoint)
     net, rollout = measure.student(run)
     if guidance is not None:
@@ -143,6 +152,8 @@ def _of_run(folder: Path, steps: int | None, guidance: float | None, checkpoint:
         walk = schedulers.student_steps(run.teacher.schedule, scheduler, steps, run.teacher.shift)
         rollout = Rollout(walk, rollout.step, rollout.two_times)
         run.objective.refuse(rollout)
+    if base_first is not None:
+        rollout = measure.relay(run, rollout, base_first)
     codec = run.teacher.codec
     if codec is None:
         return Sampler(net, rollout, run.shape, run.source.labels, len(run.source.labels))
@@ -368,7 +379,9 @@ def main(args: argparse.Namespace) -> None:
     writable(out)
     folders = [Path(folder) for folder in (args.run, *args.bank)]
     given = (args.steps, args.guidance, args.checkpoint)
-    sampler = open_bank(folders, *given) if args.bank else open_folder(folders[0], *given)
+    if args.base_first is not None and (args.bank or args.negative is not None):
+        raise UserError("--base-first goes with one run and without --negative: leave one of them out")
+    sampler = open_bank(folders, *given) if args.bank else open_folder(folders[0], *given, args.base_first)
     if args.negative is not None:
         sampler = sampler.led_away(args.negative_attention, args.negative)
     asked = chosen(args, sampler)

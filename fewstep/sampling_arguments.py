@@ -19,6 +19,11 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--prompts-file", help="a text file with one label or prompt a line")
 
 
+def add_base_first(parser: argparse.ArgumentParser) -> None:
+    said = "the teacher walks instead of the student's first N steps, for its diversity; 0 to all of them"
+    parser.add_argument("--base-first", type=int, metavar="N", help=said)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `fewstep.sampling.main` reads."""
     parser.add_argument("run", help="a run folder, or a diffusers pipeline folder")
@@ -28,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="images made at once; default: 4 of a model with a VAE, or 250")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
     parser.add_argument("--steps", type=int, help="network passes; default: what it was trained or saved for")
+    add_base_first(parser)
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; default: what the run says, or 1")
     parser.add_argument("--negative", metavar="PROMPT", help="what the images shall not show: see --negative-attention")
     parser.add_argument("--negative-attention", type=float, metavar="A", help="how strongly, 0 to 1: Z+ - A Z- (NASA)")

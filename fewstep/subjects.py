@@ -16,7 +16,8 @@ from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.data.source import FolderSource
-from fewstep.models.backbone import Backbone, Guided
+from fewstep.models.backbone import Backbone
+from fewstep.relay import Relay
 from fewstep.rollout import Rollout
 from fewstep.sampling import Sampler
 
@@ -42,8 +43,7 @@ class Generated:
 
     @property
     def passes(self) -> int:
-        guided = isinstance(self.net, Guided) and self.net.scale != 1
-        return len(self.rollout) * (2 if guided else 1)
+        return self.rollout.passes(self.net)
 
     @torch.no_grad()
     def make(self, rows: Tensor, asked: Tensor) -> Tensor:
@@ -59,6 +59,8 @@ def of_run(name: str, run: Run, net: Backbone, rollout: Rollout, seed: int = mea
     """A network of a run, asked for what the run asks for when it is looked at."""
     asked = "unseen captions" if run.teacher.codec is not None else "labels in turn"
     source = {"seed": seed, "asked": asked, "steps": len(rollout)}
+    if isinstance(rollout, Relay):
+        source["base_first"] = rollout.first
     told, said = run.conditions.asked, run.conditions.names
     return Generated(name, net, rollout, told, said, run.shape, run.decode, run.device, seed, source)
 

@@ -92,6 +92,11 @@ def unguided(net: Backbone) -> Backbone:
     return net.inner if isinstance(net, Guided) else net
 
 
+def passes(net: Backbone) -> int:
+    """What one prediction costs: guidance asks twice."""
+    return 2 if isinstance(net, Guided) and net.scale != 1 else 1
+
+
 class Blend(Backbone):
     """The weighted mean of backbones on one process, sum_i w_i x0_i / sum_i w_i, read as the first one's kind."""
 
