@@ -39,12 +39,17 @@ class Times:
         if self.shift <= 0 or self.std <= 0:
             raise UserError(f"times need shift > 0 and std > 0, but shift is {self.shift} and std is {self.std}")
 
-    def __call__(self, u: Tensor, schedule: NoiseSchedule, above: Tensor | None = None) -> Tensor:
-        """t (B,) from u (B,) uniform in (0, 1). With `above` (B,), t is drawn from the part over that time."""
+    def __call__(
+        self, u: Tensor, schedule: NoiseSchedule, above: Tensor | None = None, below: Tensor | None = None
+    ) -> Tensor:
+        """t (B,) from u (B,) uniform in (0, 1). With `above` (B,), t is drawn from the part over that time.
+
+        With `below` (B,) too, from the part between the two.
+        """
         t = _LAWS[self.law](self, u.double(), schedule)
         t = shift(t, self.shift).clamp(self.low, self.high)
         if above is not None:
-            t = above + (1 - above) * t
+            t = above + ((1.0 if below is None else below) - above) * t
         return schedule.snap(t, above).to(torch.float32)
 
 

@@ -140,9 +140,11 @@ class Objective(nn.Module):
             loss, logs = self.critic_loss(batch, sample.detach(), step)
             yield Turn("fake_score", loss, logs)
 
-    def draw_time(self, batch: Batch, purpose: str, times: Times, above: Tensor | None = None) -> Tensor:
+    def draw_time(
+        self, batch: Batch, purpose: str, times: Times, above: Tensor | None = None, below: Tensor | None = None
+    ) -> Tensor:
         """t (B,) of the generator's process."""
-        return times(batch.draw.uniform(purpose), self.triad.generator.schedule, above)
+        return times(batch.draw.uniform(purpose), self.triad.generator.schedule, above, below)
 
 
 @torch.no_grad()
