@@ -53,6 +53,8 @@ METHODS = (
     "disback",
     "ac_dmd",
     "twinflow",
+    "ladd",
+    "tdm",
 )
 BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
