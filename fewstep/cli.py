@@ -279,9 +279,9 @@ def _process() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, 2 for a mistake of the user's (one sentence on stderr), or 130 for Ctrl-C.
+    """Runs one command. Returns 0, or 2 for a mistake of the user's (one sentence on stderr).
 
-    `doctor` returns 1 for a run that is ill.
+    130 is Ctrl-C, 141 a reader who went away, such as `head`; `doctor` returns 1 for a run that is ill.
     """
     # Two threads that spin for each other stall for seconds when a third process wants a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -299,6 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read along, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

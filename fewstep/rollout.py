@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Prediction
-from fewstep.core.schedule import bridge
+from fewstep.core.schedule import add_noise, bridge
 from fewstep.core.times import Step
 from fewstep.models.backbone import Backbone, passes
 
@@ -164,6 +164,17 @@ class Rollout:
                     x, std = self.step(prediction, s)
                     x = x if std is None else x + std * draw.normal(f"{purpose}.{i}", noise.shape[1:])
             yield Sample(x, s, x0, x_t, here.level * rows, i)
+
+    def alone(self, net: Backbone, x0: Tensor, noise: Tensor, cond: Condition, index: int, grad: bool) -> Sample:
+        """Step `index` to level 0, from x0 (B, *S) noised to where it begins."""
+        here, rows = self.steps[index], noise.new_ones(len(noise), dtype=torch.float32)
+        # The first step begins at pure noise, also where the process leaves some of the image at its last level.
+        noised = add_noise(net.schedule, x0, noise, here.level * rows)
+        x_t = noised if index else noise * net.schedule.prior_std
+        with nullcontext() if grad else torch.no_grad():
+            to = 0 * rows if self.two_times else None
+            clean = net(x_t, here.told * rows, cond, to=to).at(here.level * rows).x0
+        return Sample(clean, 0 * rows, clean, x_t, here.level * rows, index)
 
     def log_prob(self, net: Backbone, taken: Sample, cond: Condition) -> Tensor:
         """log p(x | x_t) (B,) under `net` of a step that was taken, for policy gradients.

@@ -10,26 +10,20 @@ teacher's features need a stopped forward only.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fewstep.core.batch import Batch, Condition
+from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
-from fewstep.core.prediction import Prediction
-from fewstep.core.schedule import add_noise
 from fewstep.core.times import Times
-from fewstep.models.backbone import Backbone, unguided
-from fewstep.models.head import Heads
-from fewstep.objectives import base
+from fewstep.models.backbone import Backbone
 from fewstep.objectives.base import Logs
-from fewstep.objectives.pieces import gan
+from fewstep.objectives.pieces.adversarial import Adversarial, GanConfig
 from fewstep.objectives.pieces.distances import Distance
 from fewstep.objectives.pieces.exits import Exits
-from fewstep.objectives.pieces.gan import GanLoss
 from fewstep.objectives.pieces.paired import paired_loss, refuse_fresh_noise
 from fewstep.objectives.pieces.score_gap import (
     Weight,
@@ -43,14 +37,12 @@ from fewstep.rollout import Sample
 
 
 @dataclass
-class Config:
+class Config(GanConfig):
     name: str = "dmd2"
     weight: Weight = "abs_mean"
     """of the score gap: abs_mean | snr | none"""
     times: Times = field(default_factory=lambda: Times(low=0.02, high=0.98))
     """times at which the scores are compared"""
-    critic_times: Times = field(default_factory=Times)
-    """times at which critic and discriminator are trained"""
     ratio: int = 5
     """steps for each generator move; the critic moves at every step"""
     critic_on_generator_step: bool = True
@@ -59,38 +51,21 @@ class Config:
     """of several steps: the one that is trained"""
     backward_simulation: bool = True
     """start later steps from the student's own samples; False: from noised real images"""
-    gan_weight: float = 3e-3
-    """of softplus(-D) in the generator's loss; 0 = no GAN and no data"""
-    gan_critic_weight: float = 1e-2
-    """of the discriminator in the critic's loss"""
     regression: float = 0.0
     """weight of DMD's regression to teacher pairs, which holds on to what is rare; 0 = none, as in the paper"""
-    gan_features: Literal["fake", "teacher"] = "fake"
-    """whose features the discriminator reads"""
     distance: Distance = "l2"
     """of the regression: l2 | l1 | huber"""
-    gan_taps: list[str] = field(default_factory=list)
-    """blocks that are read, each by a head of its own; default: the family's middle block"""
-    gan_loss: GanLoss = "softplus"
-    """softplus (non-saturating) | hinge"""
-    gan_start: int = 0
-    """step from which the discriminator reaches the generator; until then it only learns"""
-    gan_r1: float = 0.0
-    """weight of the discriminator's approximate R1 penalty beside its loss; costs another pass of the real images"""
-    gan_r1_noise: float = 0.1
-    """deviation of the noise on real images between which that penalty compares"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ratio < 1:
             raise UserError(f"objective.ratio is at least 1, but {self.ratio} was given")
         if self.ratio == 1 and not self.critic_on_generator_step:
             raise UserError("objective.critic_on_generator_step=false needs a ratio above 1: the critic never moved")
         if not self.backward_simulation and self.exits != Exits():
             raise UserError("objective.exits is for simulated inputs: set backward_simulation=true, or leave exits out")
-        if min(self.gan_weight, self.gan_critic_weight, self.regression, self.gan_start, self.gan_r1) < 0:
-            raise UserError("objective.gan_weight, gan_critic_weight, gan_start, gan_r1 and regression are at least 0")
-        if not self.gan_r1_noise > 0:
-            raise UserError(f"objective.gan_r1_noise is a deviation above 0, but {self.gan_r1_noise} was given")
+        if self.regression < 0:
+            raise UserError(f"objective.regression is at least 0, but {self.regression} was given")
 
 
 @dataclass(frozen=True)
@@ -109,8 +84,9 @@ class Look:
     adversarial: Tensor | None
 
 
-class Objective(base.Objective):
+class Objective(Adversarial):
     roles: ClassVar[tuple[str, ...]] = ("generator", "real_score", "fake_score")
+    stream = "dmd2"
 
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
@@ -118,27 +94,11 @@ class Objective(base.Objective):
         if config.regression:
             refuse_fresh_noise(rollout)
             self.reads += ("pair",)
-        self.heads: Heads | None = None
-        if config.gan_weight:
-            self.taps = tuple(config.gan_taps) or (self.watched.tap,)
-
-    @property
-    def watched(self) -> Backbone:
-        """The network whose features the discriminator reads."""
-        return self.triad.fake_score if self.config.gan_features == "fake" else unguided(self.triad.real_score)
 
     @property
     def real(self) -> Backbone:
         """The network that gives the real score."""
         return self.triad.real_score
-
-    def attach(self, x: Tensor, cond: Condition) -> None:
-        """Makes the heads that fit the features of inputs such as x (B, *S)."""
-        if self.config.gan_weight:
-            self.heads = gan.heads_for(self.watched, self.taps, x, cond)
-
-    def learns(self):
-        return {"fake_score": [self.heads]} if self.heads is not None else {}
 
     def generates(self, step: int) -> bool:
         return step % self.config.ratio == 0
@@ -151,16 +111,8 @@ class Objective(base.Objective):
         exit = exits.at(self.rollout, batch.draw, "dmd2.exit")
         if self.config.backward_simulation or exit == 0:
             return self.rollout(net, batch.noise, batch.cond, batch.draw, exit=exit, grad=exits.window * grad)
-        return self.from_data(batch, exit, grad)
-
-    def from_data(self, batch: Batch, exit: int, grad: bool) -> Sample:
-        """Step `exit` on a noised real image instead of the student's own state."""
-        generator, here = self.triad.generator, self.rollout.steps[exit]
-        rows = batch.noise.new_ones(len(batch))
-        x_t = add_noise(generator.schedule, batch.x0, batch.noise, here.level * rows)
-        with nullcontext() if grad else torch.no_grad():
-            x0 = generator(x_t, here.told * rows, batch.cond).at(here.level * rows).x0
-        return Sample(x0, 0 * rows, x0, x_t, here.level * rows, exit)
+        assert batch.x0 is not None
+        return self.rollout.alone(net, batch.x0, batch.noise, batch.cond, exit, grad)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         look = self.heard(self.look(batch, sample), step)
@@ -198,21 +150,6 @@ class Objective(base.Objective):
             loss = loss + self.config.regression * logs["regression"]
         return loss, logs
 
-    def judge(self, x_t: Tensor, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The critic's x0 and the logits (B,), both detached, and the GAN's loss, differentiable in x_t alone."""
-        fake_score, logits, adversarial = self.triad.fake_score, None, None
-        if self.heads is not None:
-            prediction, logits, adversarial = self.hear(x_t, t, cond, stop=self.watched is not fake_score)
-            if self.watched is fake_score:
-                return prediction.x0.detach(), logits, adversarial
-        with torch.no_grad():
-            return fake_score(x_t, t, cond).x0, logits, adversarial
-
-    def hear(self, x_t: Tensor, t: Tensor, cond: Condition, stop: bool) -> tuple[Prediction, Tensor, Tensor]:
-        """A pass of the watched network, the logits (B,) and the GAN's loss, differentiable in x_t alone."""
-        assert self.heads is not None
-        return gan.heard(self.watched, self.heads, x_t, t, cond, self.config.gan_loss, stop)
-
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.draw_time(batch, "dmd2.critic_t", self.config.critic_times)
         eps = batch.draw.normal("dmd2.critic_eps", sample.x0.shape[1:])
@@ -226,28 +163,3 @@ class Objective(base.Objective):
         fake = prediction if own else self.features(x_t, t, batch.cond)
         adversarial, logs = self.discriminate(batch, fake)
         return loss + self.config.gan_critic_weight * adversarial, logs
-
-    def features(self, x_t: Tensor, t: Tensor, cond: Condition) -> Prediction:
-        """A stopped forward; the teacher's features carry no graph."""
-        with nullcontext() if self.watched is self.triad.fake_score else torch.no_grad():
-            return self.watched(x_t, t, cond, taps=self.taps, stop=True)
-
-    def discriminate(self, batch: Batch, fake: Prediction) -> tuple[Tensor, Logs]:
-        """softplus(l_fake) + softplus(-l_real), the real images noised on their own, and the penalty around these."""
-        assert self.heads is not None and batch.x0 is not None
-        t = self.draw_time(batch, "dmd2.real_t", self.config.critic_times)
-        eps = batch.draw.normal("dmd2.real_eps", batch.x0.shape[1:])
-        fake_logits, real_logits = self.heads.each(fake.features), self.opinion(batch.x0, t, eps, batch.cond)
-        loss = gan.discriminator_loss(fake_logits, real_logits, self.config.gan_loss)
-        logs = {"gan/critic": loss, "gan/accuracy": gan.accuracy(fake_logits, real_logits)}
-        if self.config.gan_r1:
-            beside = batch.x0 + self.config.gan_r1_noise * batch.draw.normal("dmd2.beside", batch.x0.shape[1:])
-            logs["gan/r1"] = gan.roughness(real_logits, self.opinion(beside, t, eps, batch.cond))
-            loss = loss + self.config.gan_r1 * logs["gan/r1"]
-        return loss, logs
-
-    def opinion(self, x0: Tensor, t: Tensor, eps: Tensor, cond: Condition) -> Tensor:
-        """The logits (B, heads) of images x0 (B, *S), noised."""
-        assert self.heads is not None
-        x_t = add_noise(self.triad.generator.schedule, x0, eps, t)
-        return self.heads.each(self.features(x_t, t, cond).features)

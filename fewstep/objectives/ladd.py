@@ -8,7 +8,6 @@ Discriminator: max(0, 1 + l_fake) + max(0, 1 - l_real), and an approximate R1. G
 from __future__ import annotations
 
 from bisect import bisect_right
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -103,14 +102,8 @@ class Objective(base.Objective):
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
         """One step of the student, from a sample of the teacher that is noised to where the step begins."""
         assert batch.pair is not None
-        net, exit = self.triad.generator, bisect_right(self.shares, batch.draw.shared_integer("ladd.exit", FINE) / FINE)
-        here, rows = self.rollout.steps[exit], batch.noise.new_ones(len(batch))
-        # The first step begins at pure noise, also where the process leaves some of the image at its last level.
-        noised = add_noise(net.schedule, batch.pair.x0, batch.noise, here.level * rows)
-        x_t = batch.noise * net.schedule.prior_std if exit == 0 else noised
-        with nullcontext() if grad else torch.no_grad():
-            x0 = net(x_t, here.told * rows, batch.pair.cond).at(here.level * rows).x0
-        return Sample(x0, 0 * rows, x0, x_t, here.level * rows, exit)
+        exit = bisect_right(self.shares, batch.draw.shared_integer("ladd.exit", FINE) / FINE)
+        return self.rollout.alone(self.triad.generator, batch.pair.x0, batch.noise, batch.pair.cond, exit, grad)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         assert batch.pair is not None and self.heads is not None

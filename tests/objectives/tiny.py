@@ -76,6 +76,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     # The hinge gives the last bias no gradient while all logits lie in its margin.
     "ladd": {"": {"gan_loss": "softplus", "ratio": 2, "gan_taps": ["down_blocks.1", "mid_block"], "gan_r1": 10.0}},
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
+    "tdm": {"": {}, "bridge": {"critic_target": "bridge", "huber": 0.0, "ratio": 2}},
     "uni_dad": {
         "": {**GAN, "target_teacher": "given", "target_share": 0.5, "gan_taps": ["down_blocks.1", "mid_block"]}
     },
@@ -83,8 +84,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "paired": ode, "sum": ode}
-"""Of objectives, or variants of them, that pair a noise with its sample; the others renoise."""
+TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "paired": ode, "sum": ode, "tdm": ode}
+"""Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
 ONLY = {"twinflow": ["flow"]}
 """Objectives that are for some processes alone."""
