@@ -8,6 +8,7 @@ from oracle import (
     STUDENT,
     TEACHER,
     Featured,
+    Law,
     Renamed,
     Student,
     adam,
@@ -221,13 +222,13 @@ def test_contradictions_are_refused(wrong: dict) -> None:
         Config(**wrong)
 
 
-def knows_the_ratio(objective: Objective) -> None:
+def knows_the_ratio(objective: Objective, teacher: Law = TEACHER) -> None:
     """The discriminator says log p_t / q_t, in the mean over the coordinates, and the generator does not hear it."""
     schedule = objective.triad.generator.schedule
 
     def judge(x_t: Tensor, t: Tensor, cond: Condition):
         c = schedule.at(t, x_t)
-        laws = (TEACHER, exact_law(objective.triad.generator, objective.rollout, 0, 0.0, fresh=True))  # type: ignore[arg-type]
+        laws = (teacher, exact_law(objective.triad.generator, objective.rollout, 0, 0.0, fresh=True))  # type: ignore[arg-type]
         p, q = (
             torch.distributions.Normal(c.alpha * mean, (c.alpha**2 * std**2 + c.sigma**2).sqrt()) for mean, std in laws
         )
