@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from oracle import (
+    LEAN,
     STUDENT,
     TEACHER,
     Featured,
     Law,
+    Leaning,
     Student,
     adam,
     keep_critic_exact,
@@ -30,7 +31,6 @@ from test_f_distill import knows_the_ratio
 
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
-from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import Flow
 from fewstep.models.backbone import Guided
 from fewstep.models.gaussian import GaussianModel
@@ -38,21 +38,8 @@ from fewstep.objectives import base
 from fewstep.objectives.base import Objective, Triad
 from fewstep.rollout import Rollout, cps
 
-GUIDANCE, LEAN = 2.0, 0.4
+GUIDANCE = 2.0
 GUIDED: Law = (TEACHER[0] + (GUIDANCE - 1) * LEAN, TEACHER[1])
-NULL = 2
-
-
-class Leaning(GaussianModel):
-    """A Gaussian whose clean mean is moved by +2 for label 1 and by -.4 without a label (2)."""
-
-    def null(self, cond: Condition) -> Condition:
-        return cond.with_inputs(class_labels=torch.full_like(cond.inputs["class_labels"], NULL))
-
-    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
-        by = torch.tensor([0.0, 2.0, -LEAN])[cond.inputs["class_labels"]][:, None]
-        here = super().forward(x_t - self.schedule.at(t, x_t).alpha * by, t, cond)
-        return Prediction(here.target(here.x0 + by, here.eps), self.kind, x_t, t, self.schedule)
 
 
 @dataclass(frozen=True)
