@@ -447,19 +447,17 @@ def assemble(
     steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, teacher.shift)
     rollout = Rollout(steps, transition(config.model.transition, config.model.eta))
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
-    if getattr(config.objective, "label_dropout", 0) and conditions.of(torch.arange(1)).inputs and not teacher.guides:
-        raise UserError(
-            'objective.label_dropout trains without a label now and then, but no class of this network means "no '
-            'class": set objective.label_dropout=0, or give the network one class more than there are labels'
-        )
     triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle, kind.dials)
     networks = [net for net in vars(triad).values() if net is not None]
     if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)
     objective = kind(config.objective, triad, rollout)
-    for term in (part for part in objective.modules() if isinstance(part, Objective)):
+    for term in _terms(objective):
         if named := getattr(term.config, "reward", None):
             term.reward = rewards.open_reward(named, source, teacher.codec)  # type: ignore[assignment]
+    _check_reads(config, objective, source)
+    if not teacher.guides and conditions.of(torch.arange(1)).inputs:
+        _check_dropout(objective)
     if config.batch // config.micro_batches % objective.group:
         raise UserError(
             f"objective {config.objective.name} needs {objective.group} samples a group: "  # type: ignore[attr-defined]
@@ -474,11 +472,48 @@ def assemble(
     return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
 
 
+def _check_reads(config: Config, objective: Objective, source: Source) -> None:
+    """Raises UserError where the objective reads images, a teacher's pairs or labels that this run has not."""
+    name, data = config.objective.name, config.data.source  # type: ignore[attr-defined]
+    if "x0" in objective.reads and not source.has_images:
+        raise UserError(
+            f"objective {name} learns from images, but data.source={data} has none: name a folder of images, or see "
+            f"in `fewstep objectives {name}` what does without"
+        )
+    if "pair" in objective.reads and config.model.teacher is None:
+        raise UserError(
+            f"objective {name} reads pairs that a teacher makes, but model.network is a new network: set "
+            "model.teacher, a folder or hub id, in its place"
+        )
+    for term in _terms(objective):
+        labels = len(source.labels)
+        if labels and getattr(term.config, "parts", 1) > 1 and term.config.labels != labels:
+            raise UserError(
+                f"objective.labels is the number of labels that data.source={data} has, {labels}, but "
+                f"{term.config.labels} was given"
+            )
+
+
+def _check_dropout(objective: Objective) -> None:
+    """Raises UserError where a network without a null condition shall now and then be asked without its condition."""
+    if any(getattr(term.config, "label_dropout", 0) for term in _terms(objective)):
+        raise UserError(
+            'objective.label_dropout trains without a label now and then, but no class of this network means "no '
+            'class": set objective.label_dropout=0, or, as snoopi needs it, take a network with one class more than '
+            "there are labels"
+        )
+
+
+def _terms(objective: Objective) -> list[Objective]:
+    """The objective and, of a sum, its terms."""
+    return [part for part in objective.modules() if isinstance(part, Objective)]
+
+
 def _lend_features(objective: Objective, teacher: Teacher, source: Source, device: torch.device) -> None:
     """Opens what the objective, or a term of it, compares samples by. Raises UserError where it is not there."""
     decode = teacher.codec.decode if teacher.codec is not None else torch.nn.Identity()
-    for part in objective.modules():
-        if isinstance(part, Objective) and part.perception is not None:
+    for part in _terms(objective):
+        if part.perception is not None:
             weights = getattr(part.config, "lpips", None)
             part.perceive = perception.features(part.perception, weights, source, decode, device)
 
@@ -497,7 +532,10 @@ def build_triad(
     The generator's have `dials`.
     """
     if "real_score" in roles and config.model.teacher is None:
-        raise UserError(f"objective {config.objective.name} needs model.teacher")  # type: ignore[attr-defined]
+        raise UserError(
+            f"objective {config.objective.name} asks a teacher for its score, but "  # type: ignore[attr-defined]
+            "model.network is a new network: set model.teacher, a folder or hub id, in its place"
+        )
     _check_experts(config, rollout)
     triad: dict[str, Backbone] = {}
     if dials and processes.size() > 1:
@@ -538,6 +576,7 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
         if where is None:
             raise UserError("a term of a sum cannot bring a teacher of its own: make it the objective")
         target: Backbone = triad.target_score.inner  # type: ignore[assignment]
+        _refuse_process(where, target)
         load_weights(target, stored_in(where, "generator"), f"objective.target_teacher={where}")
     for role, where in config.start.items():
         network = getattr(triad, role, None) if role in ("generator", "fake_score") else None
@@ -557,6 +596,20 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
                 f"full weights: make them model.teacher, or remove players.{role}.lora"
             )
         load_weights(network, state, f"start.{role}={where}")
+
+
+def _refuse_process(where: str, target: Backbone) -> None:
+    """Raises UserError for a target teacher that says of itself that it predicts on another process."""
+    if (Path(where) / "checkpoints").is_dir():
+        return  # a run of this teacher, or its weights do not fit
+    scheduler = loading.load(where, weights=False).scheduler
+    schedule, kind = (target.schedule, target.kind) if scheduler is None else schedulers.read(scheduler)
+    if kind != target.kind or type(schedule) is not type(target.schedule):
+        raise UserError(
+            f"objective.target_teacher={where} predicts {kind} on a {type(schedule).__name__} process, but "
+            f"model.teacher {target.kind} on a {type(target.schedule).__name__} process: fine-tune that one for the "
+            "target"
+        )
 
 
 def stored_in(where: str, role: str) -> stored.Stored:

@@ -32,6 +32,11 @@ def label_log_probability(source: Source) -> Reward:
 
     def reward(images: Tensor, cond: Condition) -> Tensor:
         reader.to(images.device)
+        if "class_labels" not in cond.inputs:
+            raise UserError(
+                "objective.reward=label_log_probability reads the labels of the samples, but these networks are told "
+                "none: take a teacher with class labels, or name a function of your own as module:function"
+            )
         (kind, colour, *_), _ = reader(images)
         label = cond.inputs["class_labels"]
         said = kind.log_softmax(1), colour.log_softmax(1)

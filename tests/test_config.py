@@ -117,7 +117,7 @@ def test_overrides_reach_every_stage_or_one() -> None:
 STAGE_MISTAKES = {
     "stage_3.steps=5": "the config has 2 stage(s), but stage_3 was given",
     "stage_0.steps=5": "the config has 2 stage(s), but stage_0 was given",
-    "objective.ratio=3": "stage 1 of 2: Key 'ratio' not in 'Config' at ratio (stage_1.key=value overrides",
+    "objective.ratio=3": "stage 1 of 2: Key 'ratio' not in 'Config' at ratio: `fewstep objectives rectified",
     "stage_2.objective.ratoi=3": "stage 2 of 2: ",
 }
 

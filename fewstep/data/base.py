@@ -21,6 +21,8 @@ class Source(ABC):
 
     resolution: int
     labels: tuple[str, ...]
+    has_images: bool = True
+    """whether `images` gives any, or the source only says what to make"""
     size: int | None = None
     """how many images there are, None for a world without end"""
 

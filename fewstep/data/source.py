@@ -65,6 +65,7 @@ class CaptionedSource(Source):
 class NoiseSource(Source):
     """Nothing but samples without end, for methods without data. Raises UserError where images are asked for."""
 
+    has_images = False
     labels = ()
 
     def __init__(self, resolution: int, seed: int):
@@ -83,6 +84,7 @@ class PromptSource(Source):
     Raises UserError for a file without prompts or that is no UTF-8 text, and when images are asked for.
     """
 
+    has_images = False
     labels = ()
 
     def __init__(self, file: str | Path, resolution: int, seed: int):

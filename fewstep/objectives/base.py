@@ -201,7 +201,8 @@ def typed(node: Mapping[Any, Any]) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except OmegaConfBaseException as error:
-        raise UserError(sentence(error)) from None
+        hint = f"`fewstep objectives {node['name']}` shows its keys"
+        raise UserError(f"{sentence(error)}: {hint}") from None
     except TypeError:  # what omegaconf says of it names no key
         raise UserError(
             f"a key of {node['name']} has a list where keys and values belong, or the other way round: `fewstep "

@@ -54,7 +54,10 @@ class Objective(base.Objective):
         super().__init__(config, triad, rollout)
         self.partial = config.phases > 1
         if len(rollout) % config.phases:
-            raise UserError(f"{len(rollout)} steps cannot be shared out to {config.phases} phases: use a multiple")
+            raise UserError(
+                f"{len(rollout)} steps cannot be shared out to {config.phases} phases: make model.steps a multiple, or "
+                "objective.phases one of its divisors"
+            )
 
     def generates(self, step: int) -> bool:
         return step % self.config.ratio == 0

@@ -32,9 +32,20 @@ class Config(sid.Config):
     """of softplus(-l) / mean |x - R| in the generator's loss"""
     gan_critic_weight: float = 1.0
     """of the discriminator in the critic's loss"""
+    gan_start: int = 0
+    """step from which the discriminator reaches the generator; until then it only learns (paper: 200,000 images)"""
+    generator_start: int = 0
+    """step of the generator's first move; until then critic and discriminator learn alone (paper: 100,000 images)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min(self.gan_start, self.generator_start) < 0:
+            raise UserError(
+                f"objective.gan_start and objective.generator_start are steps from 0, but {self.gan_start} and "
+                f"{self.generator_start} were given"
+            )
+        if self.critic_guidance != 1:
+            raise UserError("sida reads features of its critic unguided: set objective.critic_guidance=1, or use sid")
         if self.gan_weight < 0 or self.gan_critic_weight < 0:
             raise UserError(
                 f"objective.gan_weight and objective.gan_critic_weight are at least 0, but {self.gan_weight} and "
@@ -45,7 +56,13 @@ class Config(sid.Config):
 class Objective(sid.Objective):
     reads = ("x0",)
 
-    def divergence(self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Logs]:
+    def generates(self, step: int) -> bool:
+        start = self.config.generator_start
+        return step >= start and super().generates(step - start)
+
+    def divergence(self, x: Tensor, x_t: Tensor, t: Tensor, batch: Batch, step: int) -> tuple[Tensor, Logs]:
+        if step < self.config.gan_start:
+            return super().divergence(x, x_t, t, batch, step)
         real, fake = self.triad.real_score(x_t, t, batch.cond), self.judged(x_t, t, batch)
         adversarial = (softplus(-logits(fake)).mean(1) / abs_mean(x, real.x0).flatten()).mean()
         loss = self.identity(x, real, fake) + self.config.gan_weight * adversarial

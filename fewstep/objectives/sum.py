@@ -50,6 +50,8 @@ def _term(node: Any) -> tuple[type[base.Objective], Any, float]:
     kind = base.find(node["name"]).Objective
     if kind.turns is not base.Objective.turns:
         raise UserError(f"the objective '{node['name']}' plays turns of its own and cannot be a term of a sum")
+    if kind.dials:
+        raise UserError(f"the objective '{node['name']}' tells its generator more than the time: make it the objective")
     return kind, base.typed(node), float(scale)
 
 
@@ -70,6 +72,11 @@ class Objective(base.Objective):
                 "the first of objective.terms makes samples that are not clean yet, and another one compares clean "
                 "ones: the two have one law with fresh noise alone, so set model.transition=renoise"
             )
+        if any(not term.generates(0) for term in self.terms[1:]) and self.terms[0].generates(0):
+            raise UserError(
+                "one of objective.terms keeps the generator waiting at first, as disback does while it records: name "
+                "it first, because the first term says when the generator moves"
+            )
         self.reads = tuple({field for term in self.terms for field in term.reads})
         self.group = math.lcm(*(term.group for term in self.terms))
 
@@ -83,6 +90,9 @@ class Objective(base.Objective):
             for player, modules in term.learns().items():
                 joined.setdefault(player, []).extend(modules)
         return joined
+
+    def drawn(self) -> dict[str, float]:
+        return {role: decay for term in self.terms for role, decay in term.drawn().items()}
 
     def generates(self, step: int) -> bool:
         return self.terms[0].generates(step)

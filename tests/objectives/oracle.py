@@ -28,6 +28,9 @@ STUDENT: Law = (-0.5, 1.3)  # fixture A
 TEACHER: Law = (1.0, 0.7)
 FIXTURE_A = (-0.661440, 0.198369)  # dKL / d(mean, deviation) at alpha = .6, sigma = .8
 
+LEAN = 0.4
+"""by how much the mean is lower without a label"""
+
 # Four levels; index 1 has sigma = .5, index 2 alpha = .6 and sigma = .8: the levels of fixtures A and P.
 FIXTURE_VP = VP(torch.tensor([0.9, 0.75, 0.36, 0.01], dtype=torch.float64))
 CASES: list[tuple[NoiseSchedule, Kind, float]] = [
@@ -162,6 +165,18 @@ class Line(Backbone):
         when = torch.stack([t, t.square(), (3 * t).sin(), (3 * t).cos()], 1)
         shift, rate = self.layers(when).chunk(2, 1)
         return Prediction(shift + rate * x_t, self.kind, x_t, t, self.schedule)
+
+
+class Leaning(GaussianModel):
+    """A Gaussian whose clean mean is moved by +2 for label 1 and by -LEAN without a label (2): exact for each."""
+
+    def null(self, cond: Condition) -> Condition:
+        return cond.with_inputs(class_labels=torch.full_like(cond.inputs["class_labels"], 2))
+
+    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
+        by = torch.tensor([0.0, 2.0, -LEAN])[cond.inputs["class_labels"]][:, None]
+        here = super().forward(x_t - self.schedule.at(t, x_t).alpha * by, t, cond)
+        return Prediction(here.target(here.x0 + by, here.eps), self.kind, x_t, t, self.schedule)
 
 
 class Featured(GaussianModel):

@@ -79,14 +79,14 @@ def labelled(batch: Batch) -> Batch:
 
 @pytest.mark.parametrize("weight", ["snr", "none"])
 def test_at_one_time_with_one_noise_it_is_dmd(weight: str) -> None:
-    """(F - R_c) + (R_c - R_cfg) = F - R_cfg, to 1e-5 of every gradient, at several times."""
+    """(F - R_c) + (R_c - R_cfg) = F - R_cfg, to 2e-6 of every gradient, at several times."""
     noise, eps = whitened(2)
     for t in (0.2, 0.5, 0.9):
         ours = guided(Objective, weight=weight, times=at(t), guidance_times=at(t))
         base = guided(dmd2.Objective, weight=weight, times=at(t))
         one, other = (play(o, labelled(told_batch(noise, eps)))["generator"] for o in (ours, base))
         for name in ("generator.mean", "generator.std"):
-            assert one[name] == pytest.approx(other[name], rel=1e-5) and abs(one[name]) > 1e-4
+            assert one[name] == pytest.approx(other[name], rel=2e-6) and abs(one[name]) > 1e-4
 
 
 def test_each_part_has_its_own_normaliser() -> None:

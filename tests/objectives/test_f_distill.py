@@ -8,6 +8,7 @@ from oracle import (
     STUDENT,
     TEACHER,
     Featured,
+    Law,
     Renamed,
     Student,
     adam,
@@ -117,7 +118,7 @@ def with_gan(kind: type, **changes) -> dmd2.Objective:
 
 @pytest.mark.parametrize("features", ["fake", "teacher"])
 def test_the_reverse_kl_is_dmd2(features: str) -> None:
-    """Losses, logs and every gradient of both players are the very same numbers."""
+    """Losses and every gradient of both players, to 2e-6 of the largest of a tensor."""
     base, ours = (
         with_gan(kind, gan_features=features, **changes)
         for kind, changes in ((dmd2.Objective, {}), (Objective, {"divergence": "reverse_kl"}))
@@ -128,7 +129,8 @@ def test_the_reverse_kl_is_dmd2(features: str) -> None:
             assert played[player].loss == pytest.approx(expected[player].loss, rel=1e-6)
             assert played[player].gradients.keys() == expected[player].gradients.keys()
             for name, gradient in expected[player].gradients.items():
-                assert torch.allclose(played[player].gradients[name], gradient, rtol=1e-5, atol=1e-8)
+                apart = (played[player].gradients[name] - gradient).abs().max()
+                assert apart <= 2e-6 * gradient.abs().max() + 1e-9
         assert expected["generator"].gradients["generator.mean"].abs().max() > 1e-3
 
 
@@ -221,13 +223,13 @@ def test_contradictions_are_refused(wrong: dict) -> None:
         Config(**wrong)
 
 
-def knows_the_ratio(objective: Objective) -> None:
+def knows_the_ratio(objective: Objective, teacher: Law = TEACHER) -> None:
     """The discriminator says log p_t / q_t, in the mean over the coordinates, and the generator does not hear it."""
     schedule = objective.triad.generator.schedule
 
     def judge(x_t: Tensor, t: Tensor, cond: Condition):
         c = schedule.at(t, x_t)
-        laws = (TEACHER, exact_law(objective.triad.generator, objective.rollout, 0, 0.0, fresh=True))  # type: ignore[arg-type]
+        laws = (teacher, exact_law(objective.triad.generator, objective.rollout, 0, 0.0, fresh=True))  # type: ignore[arg-type]
         p, q = (
             torch.distributions.Normal(c.alpha * mean, (c.alpha**2 * std**2 + c.sigma**2).sqrt()) for mean, std in laws
         )

@@ -127,6 +127,15 @@ def test_the_reward_term_adds_its_slope_alone() -> None:
     assert tilted["generator"].logs["reward"] == pytest.approx(2 * STUDENT[0], rel=1e-5)
 
 
+def test_a_reward_that_counts_nothing_leaves_the_gap_alone() -> None:
+    """RTDMD's second stage at beta = 0: the score gap's loss and gradient, and the same critic's turn."""
+    batch = told_batch(*whitened(2))
+    alone, tilted = play(beside(), batch), play(rewarding(0.0), batch)
+    for player in ("generator", "fake_score"):
+        assert tilted[player].loss == alone[player].loss
+        assert tilted[player].gradients == alone[player].gradients != {}
+
+
 def test_with_a_linear_reward_the_teacher_is_tilted() -> None:
     """At one time t the divergence beta c away from its least lies at m + beta c (s^2 + sigma^2 / alpha^2), the same s.
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from oracle import (
     FIXTURE_VP,
+    LEAN,
     STUDENT,
     TEACHER,
+    Leaning,
     Student,
     adam,
     at,
@@ -21,6 +23,7 @@ from oracle import (
     walk,
     whitened,
 )
+from test_swiftbrush import labelled
 
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
@@ -160,6 +163,42 @@ def test_a_move_costs_one_pass_of_each_score(tiny_unet) -> None:
     largest = max(g.abs().max() for g in gradients[0].values())
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-6 * float(largest))
+
+
+def lsg(kappa: float, mean: float, **changes) -> Objective:
+    """SiD-LSG with networks whose mean guidance kappa moves by LEAN (kappa - 1); the student is N(-.5, 1.3^2)."""
+    teacher = Leaning(*TEACHER, Flow(), "sample").requires_grad_(False)
+    critic = Leaning(mean, STUDENT[1], Flow(), "sample", learned=True)
+    triad = Triad(Student(Flow(), [STUDENT]), Guided(teacher, kappa), critic)
+    return Objective(Config(**{"alpha": 1.0, "critic_guidance": kappa, **changes}), triad, one_step())
+
+
+@pytest.mark.parametrize("kappa", [1.0, 2.5])
+def test_a_guided_critic_knows_the_student_by_its_guided_answer(kappa: float) -> None:
+    """SiD-LSG: it has learned all where u + kappa (c - u) is the student's mean, and both turns ask it like that."""
+    told, right = {"weight": "none", "times": at(0.4), "critic_times": at(0.4)}, STUDENT[0] - LEAN * (kappa - 1)
+    played = play(lsg(kappa, right, **told), labelled(0))
+    critic = played["fake_score"]
+    assert (critic["fake_score.mean"], critic["fake_score.log_std"]) == pytest.approx((0, 0), abs=1e-5)
+    assert played["generator"].logs["lag"] == pytest.approx(0, abs=1e-5)
+    off = play(lsg(3.5 - kappa, right, **told), labelled(0))
+    assert abs(off["fake_score"]["fake_score.mean"]) > 1e-2 and abs(off["generator"].logs["lag"]) > 1e-2
+
+
+@pytest.mark.slow
+def test_with_one_guidance_for_both_it_learns_the_guided_teacher() -> None:
+    """Guidance 2: N(1.4, .7^2) from N(-.5, 1.3^2) with a learned critic: within 4 %."""
+    objective = lsg(2.0, STUDENT[0], ratio=2)
+    cond = {"cond": Condition({"class_labels": torch.zeros(64, dtype=torch.int64)})}
+    learn(objective, players_for(objective, adam(1e-2, 1000), adam(2e-2)), 2000, 64, extra=lambda draw: cond)
+    assert law_of(objective) == pytest.approx((TEACHER[0] + LEAN, TEACHER[1]), rel=0.04)
+
+
+def test_a_critic_that_cannot_be_guided_is_refused_before_training(tiny_unet) -> None:
+    nets = [DiffusersBackbone(tiny_unet(seed), Flow(), "flow_prediction", None) for seed in (1, 2, 3)]
+    objective = Objective(Config(critic_guidance=2.0), Triad(nets[0], Guided(nets[1]), nets[2]), one_step())
+    with pytest.raises(UserError, match=r"no null condition: set objective\.critic_guidance=1"):
+        objective.attach(torch.zeros(2, 3, 8, 8), Condition({"class_labels": torch.arange(2)}))
 
 
 def test_a_ratio_below_one_is_refused() -> None:

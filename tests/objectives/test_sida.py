@@ -106,7 +106,24 @@ def test_the_critic_tells_samples_from_images_at_one_noise() -> None:
     assert turn.touched() == {"fake_score"} and turn.gradients["fake_score.trunk.0.weight"].abs().max() > 0
 
 
-@pytest.mark.parametrize("wrong", [{"ratio": 0}, {"gan_weight": -1.0}, {"gan_critic_weight": -1.0}])
+def test_the_warm_up() -> None:
+    """Critic and discriminator alone, then the generator by SiD, then by both."""
+    objective = game(generator_start=2, gan_start=4, ratio=2)
+    plain = game(gan_weight=0.0)
+    whole = game()
+    for step, players in enumerate((1, 1, 2, 1, 2)):
+        played = play(objective, real_batch(step), step)
+        assert len(played) == players and played["fake_score"].logs["gan/critic"] > 0
+        if players == 2:
+            same = play(plain if step < 4 else whole, real_batch(step), step)["generator"]
+            assert played["generator"]["generator.mean"] == pytest.approx(same["generator.mean"], rel=1e-6)
+            assert ("gan/generator" in played["generator"].logs) == (step == 4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"ratio": 0}, {"gan_weight": -1.0}, {"gan_critic_weight": -1.0}, {"gan_start": -1}, {"critic_guidance": 2.0}],
+)
 def test_contradictions_are_refused(wrong: dict) -> None:
     with pytest.raises(UserError):
         Config(**wrong)

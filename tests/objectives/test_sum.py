@@ -206,7 +206,7 @@ MISTAKES = {
     "{name: dmd, scale: }": "scale is a number, but None was given",
     "{name: dmd3}": "term 2 of 2: there is no objective 'dmd3': use one of",
     "{name: consistency}": "the objective 'consistency' plays turns of its own",
-    "{scale: 2}": "term 2 of 2: name is missing: use one of consistency, ",
+    "{scale: 2}": "term 2 of 2: name is missing: use one of ac_dmd, ",
     "dmd": "term 2 of 2: a term has keys of its own: write {name: dmd}",
     "3": "write {name: 3}",
 }

@@ -94,13 +94,16 @@ def test_with_the_snr_and_no_guidance_it_is_the_kl(schedule: NoiseSchedule, kind
 
 
 def test_its_weight_is_sigma_squared_on_the_noises() -> None:
-    """sigma^2 (eps_R - eps_F) = alpha sigma (F - R) with x_t = alpha x0 + sigma eps."""
-    real, fake, x_t = torch.randn(3, 16, 8)
-    t = torch.rand(16) * 0.8 + 0.1
+    """sigma^2 (eps_R - eps_F) = alpha sigma (F - R) with x_t = alpha x0 + sigma eps: to 1e-12 in float64.
+
+    t is a multiple of 1/16, so that both coefficients and their product are exact in float32 too.
+    """
+    real, fake, x_t = torch.randn(3, 15, 8, dtype=torch.float64)
+    t = torch.arange(1, 16) / 16
     c = Flow().at(t, x_t)
     eps_real, eps_fake = ((x_t - c.alpha * x0) / c.sigma for x0 in (real, fake))
     ours = direction(real, fake, x_t, "alpha_sigma", Flow(), 0 * t, t)
-    assert torch.allclose(ours, c.sigma**2 * (eps_real - eps_fake), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(ours, c.sigma**2 * (eps_real - eps_fake), rtol=1e-12, atol=1e-12)
 
 
 def test_without_guidance_and_dropout_it_is_diff_instruct_with_its_weight() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from oracle import (
     STUDENT,
     TEACHER,
+    Featured,
     Law,
     Renamed,
     adam,
@@ -24,6 +26,7 @@ from oracle import (
 )
 
 from fewstep import build, config
+from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.core.schedule import Flow
 from fewstep.models.backbone import Guided
@@ -40,7 +43,7 @@ def toward(share: float, target: Law = TARGET, critic: Law = (0.2, 0.9), **chang
     base = gaussian_triad(Flow(), "flow_prediction", critic=critic)
     second = Guided(GaussianModel(*target, Flow(), "flow_prediction"))
     triad = Triad(base.generator, base.real_score, base.fake_score, second)
-    config = {"gan_weight": 0.0, "ratio": 1, "target_teacher": "given", "target_share": share}
+    config = {"gan_weight": 0.0, "ratio": 1, "target_teacher": "given", "target_share": share, "gan_taps": ["trunk"]}
     return Objective(Config(**{**config, **changes}), triad, one_step())
 
 
@@ -49,12 +52,25 @@ def gradient(objective: dmd2.Objective, batch) -> list[float]:
     return [turn["generator.mean"], turn["generator.std"]]
 
 
-def test_without_a_share_of_the_target_it_is_dmd2() -> None:
-    ours = toward(0.0)
-    base = dmd2.Objective(dmd2.Config(gan_weight=0, ratio=1), ours.triad, one_step())
+@pytest.mark.parametrize("gan", [{}, {"gan_weight": 0.5, "gan_critic_weight": 0.7}])
+def test_without_a_share_of_the_target_it_is_dmd2(gan: dict) -> None:
+    """Losses and every gradient of both players, with a discriminator and without."""
+    ours = toward(0.0, **gan)
+    critic = Featured(0.2, 0.9, Flow(), "flow_prediction")
+    ours.triad = replace(ours.triad, fake_score=critic)
+    base = dmd2.Objective(dmd2.Config(**{"gan_weight": 0.0, "ratio": 1, **gan}), ours.triad, one_step())
+    if gan:
+        ours.taps = base.taps
+        base.attach(torch.zeros(2, 32), Condition())
+        ours.heads = base.heads
     for step in range(3):
-        one, other = (gradient(o, real_batch(step, draw=Renamed)) for o in (ours, base))
-        assert one == pytest.approx(other, rel=1e-5) and abs(other[0]) > 1e-3
+        one, other = (play(o, real_batch(step, draw=Renamed), step) for o in (ours, base))
+        for player in ("generator", "fake_score"):
+            assert one[player].loss == pytest.approx(other[player].loss, rel=1e-6)
+            assert one[player].gradients.keys() == other[player].gradients.keys()
+            for name, expected in other[player].gradients.items():
+                assert torch.allclose(one[player].gradients[name], expected, rtol=1e-5, atol=1e-8)
+        assert abs(other["generator"]["generator.mean"]) > 1e-3
 
 
 def test_with_one_teacher_twice_the_share_does_not_matter() -> None:
