@@ -35,7 +35,7 @@ from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.loading import DENOISERS, locate
 from fewstep.perception import reader_folder
 from fewstep.relay import Relay
-from fewstep.rollout import Rollout, transition
+from fewstep.rollout import Rollout, TransitionName, transition
 from fewstep.train import processes
 from fewstep.train.checkpoint import sha256, write_text
 
@@ -107,10 +107,10 @@ def student(run: Run) -> tuple[Backbone, Rollout]:
     return net, run.rollout
 
 
-def teacher(run: Run, steps: int) -> tuple[Backbone, Rollout]:
-    """The guided teacher and a deterministic rollout of `steps` passes."""
-    scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", steps, run.teacher.shift)
-    return run.guided(), Rollout(schedulers.steps_of(scheduler, steps), transition("ode"))
+def teacher(run: Run, steps: int, how: TransitionName = "ode") -> tuple[Backbone, Rollout]:
+    """The guided teacher and a rollout of `steps` steps, deterministic unless told otherwise."""
+    scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, how, steps, run.teacher.shift)
+    return run.guided(), Rollout(schedulers.steps_of(scheduler, steps), transition(how))
 
 
 def relay(run: Run, rollout: Rollout, first: int) -> Relay:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from fewstep import config, measure
 from fewstep.core.errors import UserError
+from fewstep.rollout import TransitionName
 
 RESULTS = Path("assets/benchmarks")
 PASSES, SAMPLES = 80_000, 10_000
@@ -58,7 +59,13 @@ METHODS = (
 )
 BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
-BASELINES = {"teacher": measure.TEACHER_STEPS, "undistilled": 1, "undistilled_four_steps": 4}
+BASELINES: dict[str, tuple[int, TransitionName]] = {
+    "teacher": (measure.TEACHER_STEPS, "ode"),
+    "undistilled": (1, "ode"),
+    "undistilled_four_steps": (4, "ode"),
+    "undistilled_four_steps_renoise": (4, "renoise"),
+}
+"""Rows without training: steps and what leads from one to the next. Students that renoise start from the last one."""
 
 
 Budget = tuple[int, int]
@@ -89,8 +96,8 @@ class Entry:
     def row(self, passes: int, samples: int) -> dict[str, Any]:
         stages = self.stages()
         if self.file is None:
-            steps = BASELINES[self.name]
-            return {"steps": steps, **untrained_row(self.name, stages[0], steps, samples)}
+            steps, how = BASELINES[self.name]
+            return {"steps": steps, **untrained_row(self.name, stages[0], steps, samples, how)}
         return {"steps": stages[-1].model.steps, **train_row(self.name, stages, passes, samples)}
 
 

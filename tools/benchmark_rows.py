@@ -11,6 +11,7 @@ from typing import Any
 from fewstep import build, measure
 from fewstep.config import Config
 from fewstep.models.passes import PassCounter, networks_of
+from fewstep.rollout import TransitionName
 from fewstep.train import checkpoint
 from fewstep.train.loop import train
 
@@ -50,9 +51,9 @@ def train_row(name: str, stages: Sequence[Config], passes: int, samples: int) ->
     return {**row, "training": cost}
 
 
-def untrained_row(name: str, stage: Config, steps: int, samples: int) -> dict[str, Any]:
+def untrained_row(name: str, stage: Config, steps: int, samples: int, how: TransitionName = "ode") -> dict[str, Any]:
     """The measures of the teacher of `stage` itself, at `steps` steps."""
     run = build.build(stage)
-    net, rollout = measure.teacher(run, steps)
+    net, rollout = measure.teacher(run, steps, how)
     stored = measure.stored_row(run, samples) if steps == measure.TEACHER_STEPS else None
     return stored or measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
