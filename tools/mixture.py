@@ -63,8 +63,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "flash_dmd": ("flash_dmd", {**GAN, "split": 0.5, "gan_features": "fake"}),
     "disback": ("disback", {**GAN, "record": 200, "interval": 200}),
     "sida": ("sida", {"ratio": 5, "alpha": 1.0}),
+    "phased_dmd": ("phased_dmd", {"ratio": 5}),
+    "tdm": ("tdm", {"ratio": 5, "critic_target": "bridge"}),
+    "ac_dmd": ("ac_dmd", {"ratio": 5, "consistency": 0.0}),
+    "uni_dad": ("uni_dad", {**GAN, "target_teacher": "the same"}),
 }
-"""Row -> its objective and what differs from its defaults."""
+"""Row -> its objective and what differs from its defaults.
+
+Not here: the methods that are about guidance (decoupled_dmd, snoopi), of which this teacher has none, or about labels
+(msd), a reward (re_dmd) or the inside of a network (ladd, twinflow).
+"""
 
 
 def teacher() -> MixtureModel:
@@ -157,6 +165,7 @@ def run(method: str, start: str, seed: int, steps: int) -> Result:
     config = module.Config(**differs)
     needs = module.Objective.needs(config)
     roles: dict[str, Backbone] = {"real_score": Guided(teacher(), 1.0), "fake_score": critic}
+    roles["target_score"] = roles["real_score"]
     triad = Triad(generator, **{role: net for role, net in roles.items() if role in needs})
     torch.manual_seed(seed)
     objective = module.Objective(config, triad, Rollout([Step(1.0, 1.0)], ode))
