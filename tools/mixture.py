@@ -63,7 +63,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "flash_dmd": ("flash_dmd", {**GAN, "split": 0.5, "gan_features": "fake"}),
     "disback": ("disback", {**GAN, "record": 200, "interval": 200}),
     "sida": ("sida", {"ratio": 5, "alpha": 1.0}),
-    "phased_dmd": ("phased_dmd", {"ratio": 5}),
+    "phased_dmd": ("phased_dmd", {"ratio": 5, "phases": 1}),
     "tdm": ("tdm", {"ratio": 5, "critic_target": "bridge"}),
     "ac_dmd": ("ac_dmd", {"ratio": 5, "consistency": 0.0}),
     "uni_dad": ("uni_dad", {**GAN, "target_teacher": "the same"}),
