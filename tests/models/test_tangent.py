@@ -135,3 +135,14 @@ def test_a_network_that_forward_mode_cannot_enter_gets_differences() -> None:
 def test_a_step_that_cannot_be_is_refused() -> None:
     with pytest.raises(UserError, match=r"above 0 and at most 0\.1"):
         Tangent(step=0.0)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("to", [0.0, 0.4])
+def test_a_constant_second_time_folds_into_a_plain_network(name: str, to: float) -> None:
+    backbone, x, cond = told_a_second_time(name)
+    plain = backbone.folded(to)
+    with torch.no_grad():
+        told, said = backbone(x, T, cond, to=torch.full((2,), to)).value, plain(x, T, cond).value
+        assert relative(said, told) < 1e-5 and relative(backbone.folded(1 - to)(x, T, cond).value, told) > 1e-4
+    assert not plain.dials and len(backbone.dials) == 1
