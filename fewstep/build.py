@@ -37,7 +37,7 @@ from fewstep.models.lora import Factors
 from fewstep.models.passes import networks_of
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
-from fewstep.rollout import Rollout, transition
+from fewstep.rollout import Rollout, ode, transition
 from fewstep.store import Store
 from fewstep.train import checkpoint, parallel, processes, stored
 from fewstep.train.player import Follower, Player, Pull, constant_decay, ema_decay
@@ -445,9 +445,11 @@ def assemble(
     conditions = conditions_of(teacher, source, config.data.resolution)
     scheduler = exportable(config, teacher)
     steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, teacher.shift)
-    rollout = Rollout(steps, transition(config.model.transition, config.model.eta))
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
-    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle, kind.dials)
+    walk = transition(config.model.transition, config.model.eta)
+    rollout = Rollout(steps, walk, kind.two_times and walk is ode)
+    dials = (*kind.dials, *(("to",) if kind.two_times else ()))
+    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle, dials)
     networks = [net for net in vars(triad).values() if net is not None]
     if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)

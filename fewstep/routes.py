@@ -104,13 +104,18 @@ def exportable(run: Run) -> DiffusersBackbone:
         )
     if not isinstance(backbone, DiffusersBackbone):
         raise UserError(f"a {type(backbone).__name__} has no stock diffusers pipeline: sample with fewstep")
-    told = ", ".join(name for name in backbone.dials if name not in run.objective.dials)
-    if told or run.rollout.two_times:
+    if run.rollout.two_times and len(run.rollout) > 1:
         raise UserError(
-            f"this network is told more than the time ({told or 'to'}), for which stock diffusers has no input: "
+            f"this network is told where each of its {len(run.rollout)} steps ends, for which stock diffusers has no "
+            "input: set model.steps=1 to export, or sample with fewstep"
+        )
+    backbone = backbone.fused().folded(0.0) if run.rollout.two_times else backbone.fused()
+    if told := ", ".join(name for name in backbone.dials if name not in run.objective.dials):
+        raise UserError(
+            f"this network is told more than the time ({told}), for which stock diffusers has no input: "
             "sample with fewstep"
         )
-    return backbone.fused()
+    return backbone
 
 
 def route_of(run: Run, net: nn.Module) -> Route:

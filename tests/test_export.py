@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from fewstep import build, config
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
+from fewstep.core.times import Step
 from fewstep.export import SameNoise, export, load_run
 from fewstep.models import loading
 from fewstep.models.backbone import Routed
@@ -287,6 +289,21 @@ def test_what_training_alone_tells_a_network_needs_no_input(tmp_path: Path) -> N
     assert (export(run, tmp_path / "out") / "model_index.json").is_file()
 
 
+def test_one_step_that_knows_its_end_is_a_plain_network(tmp_path: Path) -> None:
+    """The second time's embedding is in the exported weights: diffusers makes what our rollout makes."""
+    run = tiny(tmp_path, *FLOW, "objective={name: meanflow, mode: training}", "players={generator: {lr: 1.0e-4}}")
+    generator = run.evaluated()
+    assert isinstance(generator, DiffusersBackbone) and list(generator.dials) == ["second_time"]
+    torch.nn.init.normal_(generator.dials["second_time"].layers[-1].weight, std=0.1)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(export(run, tmp_path / "out"))
+    noise, cond = torch.randn(2, 3, 16, 16), Condition({"class_labels": torch.tensor([1, 4])})
+    only, labels = run.rollout.steps[0], cond.inputs["class_labels"]
+    with torch.no_grad():
+        ours = run.rollout(generator, noise, cond, SameNoise(0, 2)).x0  # type: ignore[arg-type]
+        theirs = noise - only.level * pipeline.unet(noise, torch.full((2,), 1000 * only.told), labels).sample
+    assert (ours - theirs).abs().max() < TOLERANCE * ours.abs().max()
+
+
 def test_no_stock_route_for_a_network(tmp_path: Path, exported: Exported) -> None:
     run = tiny(tmp_path, *CASES["flow-ode-1"])
     plain = run.evaluated()
@@ -297,8 +314,8 @@ def test_no_stock_route_for_a_network(tmp_path: Path, exported: Exported) -> Non
     with pytest.raises(UserError, match=r"told more than the time \(guidance\)"):
         export(run, tmp_path / "out")
     generator.dials.clear()
-    run.rollout = Rollout(run.rollout.steps, run.rollout.step, two_times=True)
-    with pytest.raises(UserError, match="told more than the time"):
+    run.rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], run.rollout.step, two_times=True)
+    with pytest.raises(UserError, match="told where each of its 2 steps ends"):
         export(run, tmp_path / "out")
     object.__setattr__(run.triad, "generator", Routed([generator, generator], [0.5]))
     with pytest.raises(UserError, match="2 experts"):

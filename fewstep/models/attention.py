@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -115,6 +116,18 @@ def use(net: nn.Module, kernel: Attention) -> None:
             # Said aloud, or somebody's process-wide default would reach these processors.
             processor._attention_backend = "native"
         module.processor = processor
+
+
+@contextmanager
+def exact(net: nn.Module) -> Iterator[None]:
+    """Plain matrix products for all attention of `net` inside: they alone have forward-mode derivatives."""
+    before = [(module, module.processor) for module in _modules(net)]
+    use(net, "math")
+    try:
+        yield
+    finally:
+        for module, processor in before:
+            module.processor = processor
 
 
 def refuse(net: nn.Module, kernel: Attention, device: str, dtype: torch.dtype, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -161,9 +162,22 @@ class DiffusersBackbone(Backbone):
         """Feeds the dial `name`, or the second time `to`, to the network. Starts without any effect."""
         self.dials[SECOND_TIME if name == "to" else name] = TimeEmbedder(self._embedding_width())
 
-    def _embedding_width(self) -> int:
+    @torch.no_grad()
+    def folded(self, to: float) -> DiffusersBackbone:
+        """A plain network that says what this one says when told to jump to `to`: the dial becomes a bias."""
+        alone = copy.deepcopy(self)
+        last = alone._last_linear()
+        second = alone.dials.pop(SECOND_TIME)(last.weight.new_full((1,), to))[0]
+        last.bias = nn.Parameter(second if last.bias is None else last.bias + second.to(last.bias.dtype))
+        return alone
+
+    def _last_linear(self) -> nn.Linear:
+        """Whose output, of the time embedding, a dial is added to."""
         linears = [m for m in self.net.get_submodule(self.family.time_embedding).modules() if isinstance(m, nn.Linear)]
-        return linears[-1].out_features
+        return linears[-1]
+
+    def _embedding_width(self) -> int:
+        return self._last_linear().out_features
 
     def null(self, cond: Condition) -> Condition:
         if self.unconditional is not None:

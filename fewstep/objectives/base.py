@@ -66,6 +66,7 @@ class Objective(nn.Module):
 
     `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses (x0, pair).
     `dials` are scalars beside the time that training alone tells the generator.
+    With `two_times` the generator is told where its step ends, in training and whenever it is sampled.
     `partial` objectives make samples that may end above level 0, and compare such states as they are.
     `group` samples next to each other share a condition and stay in one micro-batch.
     `perception` names the frozen network by which it compares samples, reader or lpips: it is lent as `perceive`.
@@ -75,6 +76,7 @@ class Objective(nn.Module):
     roles: ClassVar[tuple[str, ...]] = ("generator",)
     reads: tuple[str, ...] = ()
     dials: ClassVar[tuple[str, ...]] = ()
+    two_times: ClassVar[bool] = False
     partial: bool = False
     group: int = 1
     perception: str | None = None

@@ -84,7 +84,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "paired": ode, "sum": ode, "tdm": ode}
+TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "meanflow": ode, "paired": ode, "sum": ode, "tdm": ode}
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
 ONLY = {"twinflow": ["flow"]}
@@ -186,9 +186,10 @@ def make(
     roles = module.Objective.needs(config)
     networks: dict[str, Any] = {"generator": network(1, "generator")}
     torch.manual_seed(7)
-    for dial in module.Objective.dials:
+    for dial in (*module.Objective.dials, *(["to"] if module.Objective.two_times else [])):
         networks["generator"].add_dial(dial)
-        nn.init.normal_(networks["generator"].dials[dial].layers[-1].weight, std=0.05)
+    for embedder in networks["generator"].dials.values():
+        nn.init.normal_(embedder.layers[-1].weight, std=0.05)
     if "target_score" in roles:
         networks["target_score"] = Guided(plain(4), 1.5).requires_grad_(False)
     if "real_score" in roles:
@@ -196,7 +197,7 @@ def make(
     if "fake_score" in roles:
         networks["fake_score"] = network(2, "fake_score")
     transition = TRANSITIONS.get(told) or TRANSITIONS.get(name, renoise)
-    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition)
+    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition, module.Objective.two_times)
     objective = module.Objective(config, Triad(**networks), rollout)
     if named := getattr(config, "reward", None):
         objective.reward = rewards.own(named)

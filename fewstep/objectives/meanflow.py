@@ -1,0 +1,105 @@
+"""MeanFlow (Geng et al. 2025, arXiv:2505.13447): the mean velocity between two times, learnt from its own derivative.
+
+u(x_t, t, s) is the way of the flow from x_t to time s over t - s. Along the flow, dx/dt = v, it obeys
+u = v - (t - s) du/dt with s held, so the loss is |u - sg(v - (t - s) du/dt)|^2, summed over a sample and divided by its
+own value to the power p. v is the (guided) teacher's, or eps - x0 of data without a teacher. Rows with s = t are flow
+matching. A step is x_s = x_t - (t - s) u, told both of its times, so a student of any number of steps is deterministic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core.batch import Batch, Condition
+from fewstep.core.errors import UserError
+from fewstep.core.schedule import add_noise, expand
+from fewstep.core.times import Times
+from fewstep.models.backbone import Backbone
+from fewstep.models.tangent import Direction, Tangent, Way, along, choose
+from fewstep.objectives import base
+from fewstep.objectives.base import Logs, Turn, Turns, sample_logs
+from fewstep.objectives.pieces.flow import as_flow
+from fewstep.rollout import Rollout, ode
+
+
+@dataclass
+class Config:
+    name: str = "meanflow"
+    mode: Literal["distillation", "training"] = "distillation"
+    """distillation: the (guided) teacher's velocity; training: that of data, no teacher"""
+    times: Times = field(default_factory=lambda: Times(law="logit_normal", mean=-0.4))
+    """of which two are drawn: the later one is t, the other s"""
+    equal: float = 0.25
+    """share of rows with s = t, which are flow matching"""
+    power: float = 1.0
+    """p of the weight 1 / (loss + floor)^p of a sample; 0 = plain squares"""
+    floor: float = 0.01
+    """keeps that weight finite"""
+    tangent: Tangent = field(default_factory=Tangent)
+    """how du/dt is taken"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.equal <= 1:
+            raise UserError(f"objective.equal is a share from 0 to 1, but {self.equal} was given")
+        if self.power < 0 or not self.floor > 0:
+            raise UserError(
+                "objective.power is at least 0 and objective.floor is above 0, but "
+                f"{self.power} and {self.floor} were given"
+            )
+
+
+class Objective(base.Objective):
+    reads = ("x0",)
+    two_times = True
+    way: Way
+
+    @classmethod
+    def needs(cls, config: Any) -> tuple[str, ...]:
+        return ("generator", "real_score") if config.mode == "distillation" else ("generator",)
+
+    def refuse(self, rollout: Rollout) -> None:
+        if rollout.step is not ode:
+            raise UserError("meanflow learns where a flow leads, which is deterministic: set model.transition=ode")
+
+    def attach(self, x: Tensor, cond: Condition) -> None:
+        self.way, _ = choose(self.flow, x, cond, self.config.tangent, to=True) if not x.is_meta else ("exact", "")
+
+    @property
+    def flow(self) -> Backbone:
+        return as_flow(self.triad.generator)
+
+    def turns(self, batch: Batch, step: int) -> Turns:
+        t, s = self.interval(batch)
+        x_t, line = self.noised(batch, t)
+        v = self.velocity(x_t, t, batch.cond, line)
+        turn = Direction(v, torch.ones_like(t), torch.zeros_like(s))
+        du = along(self.flow, x_t, t, batch.cond, turn, self.way, self.config.tangent.step, to=s)
+        prediction = self.flow(x_t, t, batch.cond, to=s)
+        loss, logs = self.distance(prediction.velocity, v - expand(t - s, x_t) * du)
+        yield Turn("generator", loss, {**logs, **sample_logs(prediction.x0, batch)})
+
+    def interval(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """t and s <= t, each (B,)."""
+        pair = [self.config.times(batch.draw.uniform(f"meanflow.{i}"), self.flow.schedule) for i in range(2)]
+        t, s = torch.maximum(*pair), torch.minimum(*pair)
+        return t, torch.where(batch.draw.uniform("meanflow.equal").to(t.device) < self.config.equal, t, s)
+
+    def noised(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and eps - x0, each (B, *S)."""
+        assert batch.x0 is not None
+        eps = batch.draw.normal("meanflow.eps", batch.x0.shape[1:])
+        return add_noise(self.flow.schedule, batch.x0, eps, t), eps - batch.x0
+
+    @torch.no_grad()
+    def velocity(self, x_t: Tensor, t: Tensor, cond: Condition, line: Tensor) -> Tensor:
+        return line if self.config.mode == "training" else as_flow(self.triad.real_score)(x_t, t, cond).velocity
+
+    def distance(self, u: Tensor, target: Tensor) -> tuple[Tensor, Logs]:
+        """The weighted squares; their plain mean, and how far the derivative moves the target, are logged."""
+        each = (u - target).square().flatten(1).sum(1)
+        weight = (each.detach() + self.config.floor) ** -self.config.power
+        return (weight * each).mean(), {"residual": each.detach().mean() / u[0].numel()}
