@@ -449,7 +449,12 @@ def assemble(
     walk = transition(config.model.transition, config.model.eta)
     rollout = Rollout(steps, walk, kind.two_times and walk is ode)
     dials = (*kind.dials, *(("to",) if kind.two_times else ()))
-    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle, dials)
+    inputs = torch.zeros(2, *shape), conditions.of(torch.arange(2))
+
+    def wrapped(network: DiffusersBackbone) -> Backbone:
+        return kind.wrapped(config.objective, network, *inputs)
+
+    triad = build_triad(config, teacher, kind.needs(config.objective), rollout, device, idle, dials, wrapped)
     networks = [net for net in vars(triad).values() if net is not None]
     if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)
@@ -468,7 +473,7 @@ def assemble(
     if not idle:  # a run that is only sampled does without
         _lend_features(objective, teacher, source, device)
     with shaped.shapes_of([*networks, *networks_of(*networks)], device) as where:
-        objective.attach(torch.zeros(2, *shape, device=where), conditions.of(torch.arange(2)).to(where))
+        objective.attach(*(part.to(where) for part in inputs))
     shaped.place(objective, device)  # what an objective keeps of an idle network is shaped too
     players = build_players(config, triad, objective)
     return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
@@ -528,10 +533,11 @@ def build_triad(
     device: torch.device,
     idle: tuple[str, ...] = (),
     dials: tuple[str, ...] = (),
+    wrapped: Callable[[DiffusersBackbone], Backbone] = lambda network: network,
 ) -> Triad:
     """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; some are frozen.
 
-    The generator's have `dials`.
+    The generator's have `dials` and are `wrapped`.
     """
     if "real_score" in roles and config.model.teacher is None:
         raise UserError(
@@ -543,9 +549,11 @@ def build_triad(
     if dials and processes.size() > 1:
         raise UserError("an objective that tells its generator more than the time is for one process")
     for role, networks in _networks(config, teacher, roles, device, idle).items():
+        if role == "generator":
+            networks = [wrapped(network) for network in networks]
         for network in networks:
             for dial in dials if role == "generator" else ():
-                network.add_dial(dial)
+                network.add_dial(dial)  # type: ignore[operator]
             offload.place(network, device)
             network.eval().requires_grad_(role not in objectives.FROZEN)
         length = len(rollout) // len(networks)

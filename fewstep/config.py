@@ -330,6 +330,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
     given = _read(Path(path))
     everywhere, apart = _split(overrides)
     stages = everywhere.pop("stages", given.pop("stages", None)) or [{}]
+    if isinstance(stages, DictConfig):
+        raise UserError("stages is a list: override a key of one stage by stage_1.key=value")
     if beyond := [name for name in apart if not 1 <= int(name.removeprefix("stage_")) <= len(stages)]:
         raise UserError(f"the config has {len(stages)} stage(s), but {beyond[0]} was given")
     configs = []

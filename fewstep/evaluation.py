@@ -35,7 +35,7 @@ class Row:
     """What was found of one target."""
 
     name: str
-    passes: int | None
+    passes: float | None
     images_per_second: float
     numbers: Mapping[str, float]
     protocols: Sequence[Mapping[str, Any]]

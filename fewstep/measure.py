@@ -109,7 +109,7 @@ def student(run: Run) -> tuple[Backbone, Rollout]:
 
 def teacher(run: Run, steps: int, how: TransitionName = "ode") -> tuple[Backbone, Rollout]:
     """The guided teacher and a rollout of `steps` steps, deterministic unless told otherwise."""
-    scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, how, steps, run.teacher.shift)
+    scheduler = schedulers.student_scheduler(run.teacher.scheduler, run.teacher.kind, "ode", steps, run.teacher.shift)
     return run.guided(), Rollout(schedulers.steps_of(scheduler, steps), transition(how))
 
 

@@ -38,7 +38,7 @@ class Subject(Protocol):
     def name(self) -> str: ...
 
     @property
-    def passes(self) -> int | None:
+    def passes(self) -> float | None:
         """Network passes an image, where that is known."""
         ...
 

@@ -36,7 +36,7 @@ class Relay(Rollout):
         nearest = min(range(len(reached)), key=lambda i: abs(reached[i] - self.handover))
         return nearest + 1
 
-    def passes(self, net: Backbone) -> int:
+    def passes(self, net: Backbone) -> float:
         return self.base_steps * passes(self.base) + (len(self.steps) - self.first) * passes(net)
 
     def __call__(self, net, noise, cond, draw, *, exit=None, stop=0.0, grad=0, purpose="rollout") -> Sample:

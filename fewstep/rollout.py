@@ -109,7 +109,7 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def passes(self, net: Backbone) -> int:
+    def passes(self, net: Backbone) -> float:
         """Network passes from noise to a sample."""
         return len(self) * passes(net)
 
@@ -151,29 +151,31 @@ class Rollout:
         `grad`: how many of the last steps carry a gradient; the others run without. Fresh noise comes from `draw`.
         """
         last = len(self.steps) - 1 if exit is None else exit
-        rows = noise.new_ones(len(noise), dtype=torch.float32)
+        rows, shape = noise.new_ones(len(noise), dtype=torch.float32), noise.shape[1:]
         x = noise * net.schedule.prior_std
         for i in range(last + 1):
             here, after = self.steps[i], self.level_after(i) if i < last else stop
             with nullcontext() if last - i < grad else torch.no_grad():
-                to = after * rows if self.two_times else None
-                prediction = net(x, here.told * rows, cond, to=to).at(here.level * rows)
+                to, told = after * rows if self.two_times else None, net.randomness(cond, draw, f"{purpose}.{i}", shape)
+                prediction = net(x, here.told * rows, told, to=to).at(here.level * rows)
                 x0, x_t, s = prediction.x0, x, after * rows
                 x = x0
                 if after > 0:
                     x, std = self.step(prediction, s)
-                    x = x if std is None else x + std * draw.normal(f"{purpose}.{i}", noise.shape[1:])
+                    x = x if std is None else x + std * draw.normal(f"{purpose}.{i}", shape)
             yield Sample(x, s, x0, x_t, here.level * rows, i)
 
-    def alone(self, net: Backbone, x0: Tensor, noise: Tensor, cond: Condition, index: int, grad: bool) -> Sample:
+    def alone(
+        self, net: Backbone, x0: Tensor, noise: Tensor, cond: Condition, draw: Draw, index: int, grad: bool
+    ) -> Sample:
         """Step `index` to level 0, from x0 (B, *S) noised to where it begins."""
         here, rows = self.steps[index], noise.new_ones(len(noise), dtype=torch.float32)
         # The first step begins at pure noise, also where the process leaves some of the image at its last level.
         noised = add_noise(net.schedule, x0, noise, here.level * rows)
         x_t = noised if index else noise * net.schedule.prior_std
         with nullcontext() if grad else torch.no_grad():
-            to = 0 * rows if self.two_times else None
-            clean = net(x_t, here.told * rows, cond, to=to).at(here.level * rows).x0
+            to, told = 0 * rows if self.two_times else None, net.randomness(cond, draw, "alone", noise.shape[1:])
+            clean = net(x_t, here.told * rows, told, to=to).at(here.level * rows).x0
         return Sample(clean, 0 * rows, clean, x_t, here.level * rows, index)
 
     def log_prob(self, net: Backbone, taken: Sample, cond: Condition) -> Tensor:

@@ -42,7 +42,7 @@ class Generated:
     count: int | None = None
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> float:
         return self.rollout.passes(self.net)
 
     @torch.no_grad()

@@ -56,6 +56,7 @@ METHODS = (
     "twinflow",
     "ladd",
     "tdm",
+    "tmd",
 )
 BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import Condition
+from fewstep.core.draw import Draw
 from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import NoiseSchedule, remap
 
@@ -36,6 +37,15 @@ class Backbone(nn.Module):
         taps: Sequence[str] = (),
         stop: bool = False,
     ) -> Prediction: ...
+
+    @property
+    def cost(self) -> float:
+        """Of one prediction, in passes of the network."""
+        return 1.0
+
+    def randomness(self, cond: Condition, draw: Draw, purpose: str, shape: tuple[int, ...]) -> Condition:
+        """`cond` with the noise (B, *shape) that a network needs for one step, if it has a use for any."""
+        return cond
 
     def null(self, cond: Condition) -> Condition:
         """The unconditional counterpart of `cond`. Raises ValueError when the model has none."""
@@ -92,9 +102,9 @@ def unguided(net: Backbone) -> Backbone:
     return net.inner if isinstance(net, Guided) else net
 
 
-def passes(net: Backbone) -> int:
+def passes(net: Backbone) -> float:
     """What one prediction costs: guidance asks twice."""
-    return 2 if isinstance(net, Guided) and net.scale != 1 else 1
+    return 2 * net.inner.cost if isinstance(net, Guided) and net.scale != 1 else net.cost
 
 
 class Blend(Backbone):

@@ -18,6 +18,7 @@ from fewstep.core.batch import Batch, Condition, Pair
 from fewstep.core.errors import UserError, sentence
 from fewstep.core.times import Times
 from fewstep.models.backbone import Backbone
+from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.rollout import Rollout, Sample
 
 
@@ -92,6 +93,11 @@ class Objective(nn.Module):
     def needs(cls, config: Any) -> tuple[str, ...]:
         """The roles this objective uses under `config`."""
         return cls.roles
+
+    @classmethod
+    def wrapped(cls, config: Any, network: DiffusersBackbone, x: Tensor, cond: Condition) -> Backbone:
+        """The generator that this objective makes of a copy of the teacher; x (B, *S) are inputs that it will see."""
+        return network
 
     def refuse(self, rollout: Rollout) -> None:
         """Raises UserError for a rollout by which what this objective makes must not be sampled."""

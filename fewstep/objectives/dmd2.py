@@ -112,7 +112,7 @@ class Objective(Adversarial):
         if self.config.backward_simulation or exit == 0:
             return self.rollout(net, batch.noise, batch.cond, batch.draw, exit=exit, grad=exits.window * grad)
         assert batch.x0 is not None
-        return self.rollout.alone(net, batch.x0, batch.noise, batch.cond, exit, grad)
+        return self.rollout.alone(net, batch.x0, batch.noise, batch.cond, batch.draw, exit, grad)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         look = self.heard(self.look(batch, sample), step)

@@ -103,7 +103,8 @@ class Objective(base.Objective):
         """One step of the student, from a sample of the teacher that is noised to where the step begins."""
         assert batch.pair is not None
         exit = bisect_right(self.shares, batch.draw.shared_integer("ladd.exit", FINE) / FINE)
-        return self.rollout.alone(self.triad.generator, batch.pair.x0, batch.noise, batch.pair.cond, exit, grad)
+        net, pair = self.triad.generator, batch.pair
+        return self.rollout.alone(net, pair.x0, batch.noise, pair.cond, batch.draw, exit, grad)
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         assert batch.pair is not None and self.heads is not None

@@ -18,7 +18,7 @@ from fewstep.core.draw import Draw
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import Flow, NoiseSchedule, vp_from_betas
 from fewstep.core.times import Step
-from fewstep.models.backbone import Guided
+from fewstep.models.backbone import Composite, Guided
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared, Voice
@@ -76,6 +76,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     # The hinge gives the last bias no gradient while all logits lie in its margin.
     "ladd": {"": {"gan_loss": "softplus", "ratio": 2, "gan_taps": ["down_blocks.1", "mid_block"], "gan_r1": 10.0}},
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
+    "tmd": {"": {**GAN}, "flow": {"stage": "flow"}},
     "tdm": {"": {}, "bridge": {"critic_target": "bridge", "huber": 0.0, "ratio": 2}},
     "uni_dad": {
         "": {**GAN, "target_teacher": "given", "target_share": 0.5, "gan_taps": ["down_blocks.1", "mid_block"]}
@@ -87,8 +88,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "meanflow": ode, "paired": ode, "sum": ode, "tdm": ode}
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
-ONLY = {"twinflow": ["flow"]}
+ONLY = {"tmd": ["flow"], "twinflow": ["flow"]}
 """Objectives that are for some processes alone."""
+
+WHOLE_GRAPH = ("tmd",)
+"""Objectives that refuse gradient checkpointing of the generator."""
 
 CASES = [
     f"{name}{'-' if variant else ''}{variant}/{process}"
@@ -151,7 +155,8 @@ class Tiny:
 
     def base_weights(self) -> list[nn.Parameter]:
         """The weights below the voices, which nobody trains."""
-        networks = [net.shared.backbone for net in self.networks().values() if isinstance(net, Voice)]
+        bare = [net.inner if isinstance(net, Composite) else net for net in self.networks().values()]
+        networks = [net.shared.backbone for net in bare if isinstance(net, Voice)]
         return [p for net in networks for name, p in net.named_parameters() if ".lora_" not in name]
 
     def of_player(self, name: str) -> set[str]:
@@ -167,6 +172,7 @@ def make(
     told, process = case.split("/")
     name, _, variant = told.partition("-")
     schedule, kind = PROCESSES[process]
+    checkpointed = checkpointed and name not in WHOLE_GRAPH
 
     def plain(seed: int) -> DiffusersBackbone:
         net = unet(seed, *sizes)
@@ -188,7 +194,10 @@ def make(
     torch.manual_seed(7)
     for dial in (*module.Objective.dials, *(["to"] if module.Objective.two_times else [])):
         networks["generator"].add_dial(dial)
-    for embedder in networks["generator"].dials.values():
+    inputs = torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)})
+    bare = networks["generator"]
+    networks["generator"] = module.Objective.wrapped(config, bare, *inputs)
+    for embedder in bare.dials.values():
         nn.init.normal_(embedder.layers[-1].weight, std=0.05)
     if "target_score" in roles:
         networks["target_score"] = Guided(plain(4), 1.5).requires_grad_(False)
@@ -202,7 +211,7 @@ def make(
     if named := getattr(config, "reward", None):
         objective.reward = rewards.own(named)
     torch.manual_seed(3)
-    objective.attach(torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)}))
+    objective.attach(*inputs)
     configs = {name: player for name in {**networks, **objective.learns()} if name not in base.FROZEN}
     players = build.build_players(SimpleNamespace(players=configs), objective.triad, objective)  # type: ignore[arg-type]
     return Tiny(objective, players, sizes[0])
