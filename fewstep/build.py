@@ -37,7 +37,7 @@ from fewstep.models.lora import Factors
 from fewstep.models.passes import networks_of
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
-from fewstep.rollout import Rollout, ode, transition
+from fewstep.rollout import COUNT, Rollout, ode, transition
 from fewstep.store import Store
 from fewstep.train import checkpoint, parallel, processes, stored
 from fewstep.train.player import Follower, Player, Pull, constant_decay, ema_decay
@@ -447,8 +447,11 @@ def assemble(
     steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, teacher.shift)
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
     walk = transition(config.model.transition, config.model.eta)
-    rollout = Rollout(steps, walk, kind.two_times and walk is ode)
-    dials = (*kind.dials, *(("to",) if kind.two_times else ()))
+    count = len(steps) if kind.counts(config.objective) else None
+    rollout = Rollout(steps, walk, kind.two_times and walk is ode, count)
+    dials = {"generator": [*kind.dials, *(["to"] if kind.two_times else [])], "fake_score": []}
+    if count:
+        dials = {role: [*own, COUNT] for role, own in dials.items()}
     inputs = torch.zeros(2, *shape), conditions.of(torch.arange(2))
 
     def wrapped(network: DiffusersBackbone) -> Backbone:
@@ -532,12 +535,12 @@ def build_triad(
     rollout: Rollout,
     device: torch.device,
     idle: tuple[str, ...] = (),
-    dials: tuple[str, ...] = (),
+    dials: Mapping[str, Sequence[str]] | None = None,
     wrapped: Callable[[DiffusersBackbone], Backbone] = lambda network: network,
 ) -> Triad:
     """The networks of `roles` in evaluation mode, each a copy of the teacher or a voice of it; some are frozen.
 
-    The generator's have `dials` and are `wrapped`.
+    Those of a role have its `dials`; the generator's are `wrapped`.
     """
     if "real_score" in roles and config.model.teacher is None:
         raise UserError(
@@ -546,13 +549,14 @@ def build_triad(
         )
     _check_experts(config, rollout)
     triad: dict[str, Backbone] = {}
-    if dials and processes.size() > 1:
+    told = dials or {}
+    if any(told.values()) and processes.size() > 1:
         raise UserError("an objective that tells its generator more than the time is for one process")
     for role, networks in _networks(config, teacher, roles, device, idle).items():
         if role == "generator":
             networks = [wrapped(network) for network in networks]
         for network in networks:
-            for dial in dials if role == "generator" else ():
+            for dial in told.get(role, ()):
                 network.add_dial(dial)  # type: ignore[operator]
             offload.place(network, device)
             network.eval().requires_grad_(role not in objectives.FROZEN)

@@ -21,9 +21,10 @@ class Relay(Rollout):
     def __init__(self, base: Backbone, walk: Rollout, own: Rollout, first: int):
         if not 0 <= first <= len(own):
             raise UserError(f"--base-first is from 0 to the {len(own)} steps of the student, but {first} was given")
-        super().__init__(own.steps, own.step, own.two_times)
+        super().__init__(own.steps, own.step, own.two_times, own.count)
         self.base, self.base_walk, self.first = base, walk, first
-        self.rest = Rollout(own.steps[first:], own.step, own.two_times) if first < len(own) else None
+        rest = own.steps[first:]
+        self.rest = Rollout(rest, own.step, own.two_times, own.count) if rest else None
         self.handover = own.level_after(first - 1) if first else 1.0
         self.base_steps = self._cut() if first else 0
 

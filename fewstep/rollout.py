@@ -96,18 +96,43 @@ def transition(name: TransitionName, eta: float = 0.5) -> Transition:
     return renoise if name == "renoise" else ode
 
 
-class Rollout:
-    """Walks `steps`, noisiest first, from unit noise. With `two_times` the network is told where each step ends."""
+COUNT = "steps"
+"""The dial that tells a network of how many steps its walk is."""
 
-    def __init__(self, steps: Sequence[Step], step: Transition = renoise, two_times: bool = False):
+
+def counted(cond: Condition, count: int, noise: Tensor) -> Condition:
+    """`cond` with 1 / count told for every row of noise (B, *S)."""
+    share = torch.full((len(noise),), 1 / count, device=noise.device)
+    return Condition(cond.inputs, {**cond.dials, COUNT: share})
+
+
+class Rollout:
+    """Walks `steps`, noisiest first, from unit noise. With `two_times` the network is told where each step ends.
+
+    With `count` it is told of how many steps the walk is, by the dial `steps`: 1 / count.
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], step: Transition = renoise, two_times: bool = False, count: int | None = None
+    ):
         if not steps:
             raise ValueError("a rollout needs at least one step")
         if two_times and step is not ode:
             raise ValueError("a network that is told where its step ends goes with the transition ode alone")
-        self.steps, self.step, self.two_times = tuple(steps), step, two_times
+        self.steps, self.step, self.two_times, self.count = tuple(steps), step, two_times, count
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def every(self, stride: int) -> Rollout:
+        """The shorter walk of every `stride`-th step, the first one included."""
+        steps = self.steps[::stride]
+        return Rollout(steps, self.step, self.two_times, len(steps) if self.count else None)
+
+    def told(self, net: Backbone, cond: Condition, draw: Draw, purpose: str, noise: Tensor) -> Condition:
+        """`cond` with what a step of this walk tells beside the time; noise (B, *S) gives the shape."""
+        cond = net.randomness(cond, draw, purpose, noise.shape[1:])
+        return cond if self.count is None else counted(cond, self.count, noise)
 
     def passes(self, net: Backbone) -> float:
         """Network passes from noise to a sample."""
@@ -151,18 +176,18 @@ class Rollout:
         `grad`: how many of the last steps carry a gradient; the others run without. Fresh noise comes from `draw`.
         """
         last = len(self.steps) - 1 if exit is None else exit
-        rows, shape = noise.new_ones(len(noise), dtype=torch.float32), noise.shape[1:]
+        rows = noise.new_ones(len(noise), dtype=torch.float32)
         x = noise * net.schedule.prior_std
         for i in range(last + 1):
             here, after = self.steps[i], self.level_after(i) if i < last else stop
             with nullcontext() if last - i < grad else torch.no_grad():
-                to, told = after * rows if self.two_times else None, net.randomness(cond, draw, f"{purpose}.{i}", shape)
+                to, told = after * rows if self.two_times else None, self.told(net, cond, draw, f"{purpose}.{i}", noise)
                 prediction = net(x, here.told * rows, told, to=to).at(here.level * rows)
                 x0, x_t, s = prediction.x0, x, after * rows
                 x = x0
                 if after > 0:
                     x, std = self.step(prediction, s)
-                    x = x if std is None else x + std * draw.normal(f"{purpose}.{i}", shape)
+                    x = x if std is None else x + std * draw.normal(f"{purpose}.{i}", noise.shape[1:])
             yield Sample(x, s, x0, x_t, here.level * rows, i)
 
     def alone(
@@ -174,7 +199,7 @@ class Rollout:
         noised = add_noise(net.schedule, x0, noise, here.level * rows)
         x_t = noised if index else noise * net.schedule.prior_std
         with nullcontext() if grad else torch.no_grad():
-            to, told = 0 * rows if self.two_times else None, net.randomness(cond, draw, "alone", noise.shape[1:])
+            to, told = 0 * rows if self.two_times else None, self.told(net, cond, draw, "alone", noise)
             clean = net(x_t, here.told * rows, told, to=to).at(here.level * rows).x0
         return Sample(clean, 0 * rows, clean, x_t, here.level * rows, index)
 

@@ -19,6 +19,7 @@ from fewstep.models.backbone import Routed
 from fewstep.models.codec import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import part_of
+from fewstep.rollout import COUNT
 
 
 class Pixels:
@@ -109,7 +110,11 @@ def exportable(run: Run) -> DiffusersBackbone:
             f"this network is told where each of its {len(run.rollout)} steps ends, for which stock diffusers has no "
             "input: set model.steps=1 to export, or sample with fewstep"
         )
-    backbone = backbone.fused().folded(0.0) if run.rollout.two_times else backbone.fused()
+    backbone = backbone.fused()
+    if run.rollout.two_times:
+        backbone = backbone.folded("to", 0.0)
+    if run.rollout.count:
+        backbone = backbone.folded(COUNT, 1 / run.rollout.count)
     if told := ", ".join(name for name in backbone.dials if name not in run.objective.dials):
         raise UserError(
             f"this network is told more than the time ({told}), for which stock diffusers has no input: "

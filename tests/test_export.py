@@ -57,6 +57,17 @@ objective: {{name: diffusion}}
 players: {{generator: {{lr: 1.0e-3, ema: 0.9}}}}
 """
 
+STUDENT = """
+name: student
+steps: 2
+batch: 4
+device: cpu
+model: {{teacher: {teacher}, steps: 2}}
+data: {{resolution: 16}}
+objective: {{name: tdm, counts: [1, 2]}}
+players: {{generator: {{lr: 1.0e-4}}, fake_score: {{lr: 1.0e-4}}}}
+"""
+
 FLOW = ("model.process.name=flow", "model.prediction=flow_prediction")
 V0 = ("model.process.name=vp", "model.process.zero_terminal_snr=true", "model.prediction=v_prediction")
 
@@ -302,6 +313,25 @@ def test_one_step_that_knows_its_end_is_a_plain_network(tmp_path: Path) -> None:
         ours = run.rollout(generator, noise, cond, SameNoise(0, 2)).x0  # type: ignore[arg-type]
         theirs = noise - only.level * pipeline.unet(noise, torch.full((2,), 1000 * only.told), labels).sample
     assert (ours - theirs).abs().max() < TOLERANCE * ours.abs().max()
+
+
+def test_a_student_of_several_numbers_of_steps_exports_the_one_of_the_run(tmp_path: Path) -> None:
+    """What it is told at two steps is in the weights; another number of steps tells it something else."""
+    teacher = export(tiny(tmp_path / "teacher", *CASES["flow_teacher-ode-50"]), tmp_path / "folder")
+    (tmp_path / "student.yaml").write_text(STUDENT.format(teacher=teacher))
+    (one,) = config.load(tmp_path / "student.yaml")
+    run = build.build(one)
+    generator = run.evaluated()
+    assert isinstance(generator, DiffusersBackbone) and list(generator.dials) == ["steps"]
+    torch.nn.init.normal_(generator.dials["steps"].layers[-1].weight, std=0.1)
+    assert (export(run, tmp_path / "out") / "model_index.json").is_file()  # which compares it with the run's own walk
+    noise, cond = torch.randn(2, 3, 16, 16), Condition({"class_labels": torch.tensor([1, 4])})
+    with torch.no_grad():
+        whole, short = (
+            walk(generator, noise, cond, SameNoise(0, 2), exit=0).x0  # type: ignore[arg-type]
+            for walk in (run.rollout, run.rollout.every(2))
+        )
+    assert (whole - short).abs().max() > 1e-3
 
 
 def test_no_stock_route_for_a_network(tmp_path: Path, exported: Exported) -> None:

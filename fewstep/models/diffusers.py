@@ -163,11 +163,11 @@ class DiffusersBackbone(Backbone):
         self.dials[SECOND_TIME if name == "to" else name] = TimeEmbedder(self._embedding_width())
 
     @torch.no_grad()
-    def folded(self, to: float) -> DiffusersBackbone:
-        """A plain network that says what this one says when told to jump to `to`: the dial becomes a bias."""
+    def folded(self, name: str, told: float) -> DiffusersBackbone:
+        """A network that says what this one says when the dial `name`, or `to`, is `told`: it becomes a bias."""
         alone = copy.deepcopy(self)
         last = alone._last_linear()
-        second = alone.dials.pop(SECOND_TIME)(last.weight.new_full((1,), to))[0]
+        second = alone.dials.pop(SECOND_TIME if name == "to" else name)(last.weight.new_full((1,), told))[0]
         last.bias = nn.Parameter(second if last.bias is None else last.bias + second.to(last.bias.dtype))
         return alone
 

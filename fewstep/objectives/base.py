@@ -99,6 +99,11 @@ class Objective(nn.Module):
         """The generator that this objective makes of a copy of the teacher; x (B, *S) are inputs that it will see."""
         return network
 
+    @classmethod
+    def counts(cls, config: Any) -> bool:
+        """Whether generator and critic are told of how many steps the walk is."""
+        return False
+
     def refuse(self, rollout: Rollout) -> None:
         """Raises UserError for a rollout by which what this objective makes must not be sampled."""
 

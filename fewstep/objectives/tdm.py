@@ -9,8 +9,8 @@ belongs to x_s; the bridge target has that bias neither with the weights nor wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,11 +18,12 @@ from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
 from fewstep.core.schedule import NoiseSchedule, expand
 from fewstep.core.times import Times
+from fewstep.models.backbone import Backbone, Composite
 from fewstep.objectives import base
-from fewstep.objectives.base import Logs
+from fewstep.objectives.base import Logs, Triad
 from fewstep.objectives.pieces.matching import critic_loss, matching_loss
 from fewstep.objectives.pieces.score_gap import Weight, noised
-from fewstep.rollout import Rollout, Sample, ode
+from fewstep.rollout import Rollout, Sample, counted, ode
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Config:
     """times end at the level of the step's input; False: at 1"""
     critic_target: Literal["clean", "pred_x0", "bridge"] = "pred_x0"
     """pred_x0: x from the noised x_s (the paper's) | bridge: unbiased, from x_s | clean: x from the noised x"""
+    counts: list[int] = field(default_factory=list)
+    """numbers of steps to learn at once, divisors of model.steps, of which both networks are told (TDM-unify)"""
     importance: bool = True
     """weigh pred_x0 by how likely x makes the noised x_s"""
     ratio: int = 1
@@ -53,12 +56,26 @@ class Config:
             )
 
 
+class Counted(Composite):
+    """A network that is told, by a dial, of how many steps the walk is."""
+
+    def __init__(self, inner: Backbone, count: int):
+        super().__init__(inner)
+        self.count = count
+
+    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
+        return self.inner(x_t, t, counted(cond, self.count, x_t), to=to, taps=taps, stop=stop)
+
+
 class Objective(base.Objective):
     roles = ("generator", "real_score", "fake_score")
 
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
         self.partial = len(rollout) > 1
+        if wrong := [count for count in config.counts if count < 1 or len(rollout) % count]:
+            raise UserError(f"objective.counts are divisors of model.steps, {len(rollout)}, but {wrong[0]} was given")
+        self.walks = [rollout.every(len(rollout) // count) for count in config.counts] or [rollout]
         if self.partial and 0 in (config.times.low, config.critic_times.low):
             raise UserError(
                 "objective.times.low and objective.critic_times.low are above 0 with several steps, because the bridge "
@@ -69,14 +86,28 @@ class Objective(base.Objective):
         if len(rollout) > 1 and rollout.step is not ode:
             raise UserError("tdm matches the points of a deterministic path: set model.transition=ode")
 
+    @classmethod
+    def counts(cls, config: Any) -> bool:
+        return bool(config.counts)
+
+    def walk(self, batch: Batch) -> Rollout:
+        """The one of this step, alike for the whole batch."""
+        return self.walks[batch.draw.shared_integer("tdm.count", len(self.walks))]
+
+    def judges(self, batch: Batch) -> Triad:
+        """The networks, of which the critic is told how many steps the sample was given."""
+        count = self.walk(batch).count
+        return self.triad if count is None else replace(self.triad, fake_score=Counted(self.triad.fake_score, count))
+
     def generates(self, step: int) -> bool:
         return step % self.config.ratio == 0
 
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
         """Exits at a random step, at the level where that step ends."""
-        exit = batch.draw.shared_integer("tdm.exit", len(self.rollout))
-        stop, net = self.rollout.level_after(exit), self.triad.generator
-        return self.rollout(net, batch.noise, batch.cond, batch.draw, exit=exit, stop=stop, grad=int(grad))
+        walk = self.walk(batch)
+        exit = batch.draw.shared_integer("tdm.exit", len(walk))
+        stop, net = walk.level_after(exit), self.triad.generator
+        return walk(net, batch.noise, batch.cond, batch.draw, exit=exit, stop=stop, grad=int(grad))
 
     def time(self, batch: Batch, sample: Sample, purpose: str, times: Times) -> Tensor:
         """t (B,) in the interval of the sample's step."""
@@ -85,14 +116,14 @@ class Objective(base.Objective):
 
     def generator_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.time(batch, sample, "tdm.t", self.config.times)
-        return matching_loss(self.triad, batch, sample, t, self.config.weight, self.config.huber)
+        return matching_loss(self.judges(batch), batch, sample, t, self.config.weight, self.config.huber)
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         t = self.time(batch, sample, "tdm.critic_t", self.config.critic_times)
         if self.config.critic_target == "pred_x0":
             return self.regression(batch, sample, t), {}
         of = sample.clean() if self.config.critic_target == "clean" else sample
-        return critic_loss(self.triad, batch, of, t), {}
+        return critic_loss(self.judges(batch), batch, of, t), {}
 
     def regression(self, batch: Batch, sample: Sample, t: Tensor) -> Tensor:
         """min(SNR, 5) w |F(x_t) - x|^2 for the step's prediction x."""
@@ -103,7 +134,7 @@ class Objective(base.Objective):
         weight = (c.alpha / c.sigma).square().clamp(max=5.0)
         if self.config.importance:
             weight = weight * importance(schedule, x, x_t, t, eps)
-        return (weight * (self.triad.fake_score(x_t, t, batch.cond).x0 - x).square()).mean()
+        return (weight * (self.judges(batch).fake_score(x_t, t, batch.cond).x0 - x).square()).mean()
 
 
 def importance(schedule: NoiseSchedule, x: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:

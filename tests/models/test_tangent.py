@@ -141,8 +141,8 @@ def test_a_step_that_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize("to", [0.0, 0.4])
 def test_a_constant_second_time_folds_into_a_plain_network(name: str, to: float) -> None:
     backbone, x, cond = told_a_second_time(name)
-    plain = backbone.folded(to)
+    plain = backbone.folded("to", to)
     with torch.no_grad():
         told, said = backbone(x, T, cond, to=torch.full((2,), to)).value, plain(x, T, cond).value
-        assert relative(said, told) < 1e-5 and relative(backbone.folded(1 - to)(x, T, cond).value, told) > 1e-4
+        assert relative(said, told) < 1e-5 and relative(backbone.folded("to", 1 - to)(x, T, cond).value, told) > 1e-4
     assert not plain.dials and len(backbone.dials) == 1

@@ -31,13 +31,13 @@ from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Prediction
 from fewstep.core.schedule import Flow, NoiseSchedule
-from fewstep.core.times import Times
-from fewstep.models.backbone import Backbone
+from fewstep.core.times import Step, Times
+from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives import dmd, phased_dmd
 from fewstep.objectives.base import Triad
 from fewstep.objectives.tdm import Config, Objective, importance
-from fewstep.rollout import ode, renoise
+from fewstep.rollout import Rollout, ode, renoise
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 EXACT_SLOPE = 0.022092  # of x0 in x_.7 behind one DDIM step .9 -> .4 of the exact N(.7, .5^2): the step's own score
@@ -265,3 +265,46 @@ def test_learns_the_teacher_with_one_learned_critic_for_both_intervals() -> None
     learn(objective, players_for(objective, adam(1e-2, 800), adam(5e-3)), 4000)
     for law in laws(objective):
         assert law == pytest.approx(TEACHER, rel=0.04)
+
+
+class Heard(GaussianModel):
+    """Whose mean is the share of the dial `steps`, and that keeps what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 0.7, Flow(), "flow_prediction", learned=True)
+        self.heard: list[float] = []
+
+    def forward(self, x_t, t, cond, **asked):
+        self.heard.append(float(cond.dials["steps"][0]))
+        return super().forward(x_t, t, Condition(), **asked)
+
+
+def test_several_numbers_of_steps_are_learnt_at_once() -> None:
+    """Every step picks one of them; generator and critic are told its inverse, the teacher nothing; each walk takes the
+    steps of a student of that number alone."""
+    generator, critic = Heard(), Heard()
+    teacher = Guided(GaussianModel(1.0, 0.7, Flow(), "flow_prediction"))
+    four = Rollout([Step(level, level) for level in (1.0, 0.75, 0.5, 0.25)], ode, count=4)
+    objective = Objective(Config(counts=[1, 2, 4]), Triad(generator, teacher, critic), four)
+    assert [[step.level for step in walk.steps] for walk in objective.walks] == [
+        [1.0],
+        [1.0, 0.5],
+        [1.0, 0.75, 0.5, 0.25],
+    ]
+    seen = set()
+    for step in range(24):
+        draw = Draw(0, step, torch.arange(4))
+        batch = Batch(draw.normal("noise", (2,)), Condition(), draw)
+        generator.heard.clear(), critic.heard.clear()
+        assert len(list(objective.turns(batch, step))) == 2
+        (share,) = {*generator.heard, *critic.heard}
+        assert len(generator.heard) <= round(1 / share)
+        seen.add(share)
+    assert seen == {1.0, 0.5, 0.25}
+    assert four.every(2).count == 2 and Rollout(four.steps, ode).every(2).count is None
+
+
+def test_a_number_of_steps_that_does_not_fit_is_refused() -> None:
+    net = GaussianModel(1.0, 0.7, Flow(), "flow_prediction")
+    with pytest.raises(UserError, match=r"divisors of model\.steps, 4, but 3 was given"):
+        Objective(Config(counts=[3]), Triad(net, Guided(net), net), walk((1.0, 0.75, 0.5, 0.25), ode))

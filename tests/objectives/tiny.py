@@ -77,7 +77,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ladd": {"": {"gan_loss": "softplus", "ratio": 2, "gan_taps": ["down_blocks.1", "mid_block"], "gan_r1": 10.0}},
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
     "tmd": {"": {**GAN}, "flow": {"stage": "flow"}},
-    "tdm": {"": {}, "bridge": {"critic_target": "bridge", "huber": 0.0, "ratio": 2}},
+    "tdm": {"": {}, "bridge": {"critic_target": "bridge", "huber": 0.0, "ratio": 2}, "counts": {"counts": [1, 2]}},
     "uni_dad": {
         "": {**GAN, "target_teacher": "given", "target_share": 0.5, "gan_taps": ["down_blocks.1", "mid_block"]}
     },
@@ -192,7 +192,8 @@ def make(
     roles = module.Objective.needs(config)
     networks: dict[str, Any] = {"generator": network(1, "generator")}
     torch.manual_seed(7)
-    for dial in (*module.Objective.dials, *(["to"] if module.Objective.two_times else [])):
+    counts = ["steps"] if module.Objective.counts(config) else []
+    for dial in (*module.Objective.dials, *(["to"] if module.Objective.two_times else []), *counts):
         networks["generator"].add_dial(dial)
     inputs = torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)})
     bare = networks["generator"]
@@ -205,8 +206,11 @@ def make(
         networks["real_score"] = Guided(network(0, None), 1.5).requires_grad_(False)
     if "fake_score" in roles:
         networks["fake_score"] = network(2, "fake_score")
+        for dial in counts:
+            networks["fake_score"].add_dial(dial)
+            nn.init.normal_(networks["fake_score"].dials[dial].layers[-1].weight, std=0.05)
     transition = TRANSITIONS.get(told) or TRANSITIONS.get(name, renoise)
-    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition, module.Objective.two_times)
+    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition, module.Objective.two_times, 2 if counts else None)
     objective = module.Objective(config, Triad(**networks), rollout)
     if named := getattr(config, "reward", None):
         objective.reward = rewards.own(named)
