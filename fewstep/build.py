@@ -509,8 +509,8 @@ def _check_dropout(objective: Objective) -> None:
     if any(getattr(term.config, "label_dropout", 0) for term in _terms(objective)):
         raise UserError(
             'objective.label_dropout trains without a label now and then, but no class of this network means "no '
-            'class": set objective.label_dropout=0, or, as snoopi needs it, take a network with one class more than '
-            "there are labels"
+            'class": set objective.label_dropout=0 where the objective allows it, or take a network with one class '
+            "more than there are labels"
         )
 
 

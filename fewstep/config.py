@@ -99,7 +99,7 @@ class ModelConfig:
     shift: float | None = None
     """moves the student's times towards noise (> 1), flow models only; default: what the teacher's scheduler does"""
     experts: int = 1
-    """networks of the generator, one for each phase of phased_dmd; 1 = one shared network"""
+    """networks of the generator, one for each phase of the steps; 1 = one shared network"""
     attention: Attention = "sdpa"
     """kernel of the attention: sdpa (torch picks one) | math (any device, also forward derivatives) | flash (GPU and
     bf16) | xformers (GPU) | flex (GPU)"""

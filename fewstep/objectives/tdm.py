@@ -18,12 +18,12 @@ from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
 from fewstep.core.schedule import NoiseSchedule, expand
 from fewstep.core.times import Times
-from fewstep.models.backbone import Backbone, Composite
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs, Triad
+from fewstep.objectives.pieces.counted import Counted
 from fewstep.objectives.pieces.matching import critic_loss, matching_loss
 from fewstep.objectives.pieces.score_gap import Weight, noised
-from fewstep.rollout import Rollout, Sample, counted, ode
+from fewstep.rollout import Rollout, Sample, ode
 
 
 @dataclass
@@ -54,17 +54,6 @@ class Config:
                 f"objective.ratio is at least 1 and objective.huber at least 0, but {self.ratio} and {self.huber} "
                 "were given"
             )
-
-
-class Counted(Composite):
-    """A network that is told, by a dial, of how many steps the walk is."""
-
-    def __init__(self, inner: Backbone, count: int):
-        super().__init__(inner)
-        self.count = count
-
-    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
-        return self.inner(x_t, t, counted(cond, self.count, x_t), to=to, taps=taps, stop=stop)
 
 
 class Objective(base.Objective):
