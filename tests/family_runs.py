@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -22,6 +23,7 @@ from fewstep import sharded as from_shards
 from fewstep.build import Run
 from fewstep.core.batch import Batch, Pair
 from fewstep.core.draw import Draw
+from fewstep.data.source import PromptSource
 from fewstep.models import schedulers, tiny
 from fewstep.train import checkpoint, processes
 from fewstep.train.loop import train_step
@@ -74,7 +76,8 @@ def build_run(
     with processes.leader_first():
         file = write(family, folder, objective, players, **model)
     (one,) = config.load(file)
-    return build.build(one) if processes.size() == 1 else from_shards.build(one)
+    with patch.object(PromptSource, "has_images", True):  # `batch` makes them
+        return build.build(one) if processes.size() == 1 else from_shards.build(one)
 
 
 def write(family: str, folder: Path, objective: dict[str, Any], players: dict[str, dict] | None, **model: Any) -> Path:
