@@ -179,7 +179,7 @@ DMD2 = "configs/scenes/dmd2.yaml"
 
 
 def networks(run: build.Run) -> dict[str, nn.Module]:
-    return {role: passes.networks_of(net)[0] for role, net in vars(run.triad).items()}
+    return {role: passes.networks_of(net)[0] for role, net in vars(run.triad).items() if net is not None}
 
 
 def test_roles_differ(tiny_teacher: Path) -> None:
