@@ -1,4 +1,9 @@
-"""Runs every test, the slow tier too, and records the result with commit and date in assets/benchmarks/tests.json."""
+"""Runs every test, the slow tier too, and records the result with commit and date in assets/benchmarks/tests.json.
+
+    python tools/slow_tests.py [--again]
+
+`--again` runs the failures of the record alone, after a repair, and writes beside them how they ended and at which commit.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +32,40 @@ class Outcomes:
                 self.failures.append(report.nodeid)
 
 
+RESULT = Path("assets/benchmarks/tests.json")
+EVERY = ["-q", "-m", "slow or not slow", "--override-ini=addopts=--strict-markers"]
+
+
+def head() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def again() -> int:
+    """The failures of the record once more."""
+    record, outcomes = json.loads(RESULT.read_text()), Outcomes()
+    if not record["failures"]:
+        return 0
+    code = pytest.main([*EVERY, *sorted(set(record["failures"]))], plugins=[outcomes])
+    record["again"] = {"commit": head(), **outcomes.counts, "failures": outcomes.failures}
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    return int(code)
+
+
 def main() -> int:
+    if "--again" in sys.argv[1:]:
+        return again()
     outcomes, began = Outcomes(), time.time()
-    code = pytest.main(["-q", "-m", "slow or not slow", "--override-ini=addopts=--strict-markers"], plugins=[outcomes])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    code = pytest.main(EVERY, plugins=[outcomes])
     result = {
-        "commit": commit,
+        "commit": head(),
         "date": f"{date.today():%Y-%m-%d}",
         "hardware": f"{platform.machine()} CPU",
         "seconds": round(time.time() - began),
         **outcomes.counts,
         "failures": outcomes.failures,
     }
-    target = Path("assets/benchmarks/tests.json")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     return int(code)
 
 
