@@ -2,7 +2,8 @@
 
     python tools/slow_tests.py [--again]
 
-`--again` runs the failures of the record alone, after a repair, and writes beside them how they ended and at which commit.
+`--again` runs the failures of the record alone, after a repair, and writes beside them how they ended, and at which
+commit.
 """
 
 from __future__ import annotations
