@@ -28,7 +28,7 @@ from typing import Any
 
 import benchmark_plots
 import torch
-from benchmark_rows import train_row, untrained_row
+from benchmark_rows import bank_row, train_row, untrained_row
 from tqdm import tqdm
 
 from fewstep import config, measure
@@ -50,6 +50,7 @@ METHODS = (
     "decoupled_dmd",
     "re_dmd",
     "uni_dad",
+    "msd",
     "flash_dmd",
     "disback",
     "ac_dmd",
@@ -81,8 +82,9 @@ class Entry:
     file: str | None
     seed: int
 
-    def stages(self) -> list[config.Config]:
-        return config.load(self.file or "configs/scenes/dmd2.yaml", [f"seed={self.seed}", "steps=1000000"])
+    def stages(self, *overrides: str) -> list[config.Config]:
+        told = [f"seed={self.seed}", "steps=1000000", *overrides]
+        return config.load(self.file or "configs/scenes/dmd2.yaml", told)
 
     def settings(self, budget: Budget) -> str:
         """The hash of the config, the seed and the budget."""
@@ -99,7 +101,11 @@ class Entry:
         if self.file is None:
             steps, how = BASELINES[self.name]
             return {"steps": steps, **untrained_row(self.name, stages[0], steps, samples, how)}
-        return {"steps": stages[-1].model.steps, **train_row(self.name, stages, passes, samples)}
+        steps, parts = stages[-1].model.steps, getattr(stages[-1].objective, "parts", 1)
+        if parts > 1:
+            bank = [self.stages(f"objective.part={part + 1}")[0] for part in range(parts)]
+            return {"steps": steps, **bank_row(self.name, bank, passes, samples)}
+        return {"steps": steps, **train_row(self.name, stages, passes, samples)}
 
 
 def digest(told: Any) -> str:

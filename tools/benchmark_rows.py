@@ -10,6 +10,7 @@ from typing import Any
 
 from fewstep import build, measure
 from fewstep.config import Config
+from fewstep.models.bank import Bank
 from fewstep.models.passes import PassCounter, networks_of
 from fewstep.rollout import TransitionName
 from fewstep.train import checkpoint
@@ -48,6 +49,22 @@ def train_row(name: str, stages: Sequence[Config], passes: int, samples: int) ->
             previous = root
     net, rollout = measure.student(run)
     row = measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
+    return {**row, "training": cost}
+
+
+def bank_row(name: str, parts: Sequence[Config], passes: int, samples: int) -> dict[str, Any]:
+    """The measures of a bank whose students, one for each of `parts` (msd), share `passes` evenly."""
+    cost: dict[str, float] = {}
+    students = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for part in parts:
+            root = Path(temporary) / f"part_{part.objective.part}"  # type: ignore[attr-defined]
+            root.mkdir()
+            run, spent = train_stage(part, passes // len(parts), root, None)
+            cost = {k: cost.get(k, 0) + v for k, v in spent.items()}
+            students.append(run.evaluated())
+    bank = Bank(students, run.objective.partition)  # type: ignore[attr-defined]
+    row = measure.measure(name, run, bank, run.rollout, measure.truth_of(run.source), samples)
     return {**row, "training": cost}
 
 
