@@ -37,7 +37,7 @@ from fewstep.models.lora import Factors
 from fewstep.models.passes import networks_of
 from fewstep.objectives import base as objectives
 from fewstep.objectives.base import Objective, Triad
-from fewstep.rollout import COUNT, Rollout, ode, transition
+from fewstep.rollout import COUNT, Rollout, jumps, transition
 from fewstep.store import Store
 from fewstep.train import checkpoint, parallel, processes, stored
 from fewstep.train.player import Follower, Player, Pull, constant_decay, ema_decay
@@ -448,8 +448,10 @@ def assemble(
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
     walk = transition(config.model.transition, config.model.eta)
     count = len(steps) if kind.counts(config.objective) else None
-    rollout = Rollout(steps, walk, kind.two_times and walk is ode, count)
-    dials = {"generator": [*kind.dials, *(["to"] if kind.two_times else [])], "fake_score": []}
+    tells = kind.tells(config.objective)
+    twice = kind.two_times(config.objective)
+    rollout = Rollout(steps, walk, twice and jumps(walk), count, tells)
+    dials = {"generator": [*kind.dials, *tells, *(["to"] if twice else [])], "fake_score": []}
     if count:
         dials = {role: [*own, COUNT] for role, own in dials.items()}
     inputs = torch.zeros(2, *shape), conditions.of(torch.arange(2))

@@ -21,10 +21,10 @@ class Relay(Rollout):
     def __init__(self, base: Backbone, walk: Rollout, own: Rollout, first: int):
         if not 0 <= first <= len(own):
             raise UserError(f"--base-first is from 0 to the {len(own)} steps of the student, but {first} was given")
-        super().__init__(own.steps, own.step, own.two_times, own.count)
+        super().__init__(own.steps, own.step, own.two_times, own.count, own.tells)
         self.base, self.base_walk, self.first = base, walk, first
         rest = own.steps[first:]
-        self.rest = Rollout(rest, own.step, own.two_times, own.count) if rest else None
+        self.rest = Rollout(rest, own.step, own.two_times, own.count, own.tells) if rest else None
         self.handover = own.level_after(first - 1) if first else 1.0
         self.base_steps = self._cut() if first else 0
 

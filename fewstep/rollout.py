@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,7 +18,7 @@ from fewstep.core.schedule import add_noise, bridge
 from fewstep.core.times import Step
 from fewstep.models.backbone import Backbone, passes
 
-TransitionName = Literal["renoise", "ode", "cps", "gamma"]
+TransitionName = Literal["renoise", "ode", "cps", "gamma", "reuse"]
 Move = tuple[Tensor, Tensor | None]
 """Mean (B, *S) and deviation (B, 1, .., 1) of the next state; without a deviation the move is deterministic."""
 Transition = Callable[[Prediction, Tensor], Move]
@@ -59,6 +59,11 @@ def ode(prediction: Prediction, s: Tensor) -> Move:
     return prediction.to(s), None
 
 
+def reuse(prediction: Prediction, s: Tensor) -> Move:
+    """alpha_s x0 + sigma_s z with the noise z that the walk began with (RF++): exact where the paths are straight."""
+    return renoise(prediction, s)
+
+
 def cps(eta: float) -> Transition:
     """Coefficient-preserving sampling: the noise is cos(pi eta / 2) eps + sin(pi eta / 2) z.
 
@@ -73,18 +78,29 @@ def cps(eta: float) -> Transition:
     return step
 
 
-def gamma_jump(gamma: float) -> Transition:
+@dataclass(frozen=True)
+class GammaJump:
     """TCD: jump to the cleaner level (1 - gamma) s, then add fresh noise up to s.
 
     gamma = 0 is `ode`, gamma = 1 is `renoise`.
     """
 
-    def step(prediction: Prediction, s: Tensor) -> Move:
-        cleaner = (1 - gamma) * s
+    gamma: float
+
+    def __call__(self, prediction: Prediction, s: Tensor) -> Move:
+        cleaner = (1 - self.gamma) * s
         a, b = bridge(prediction.schedule, cleaner, s, prediction.x_t)
         return a * prediction.to(cleaner), b
 
-    return step
+
+def jumps(step: Transition) -> bool:
+    """Whether this transition lets a network that is told where its step ends land there."""
+    return step is ode or isinstance(step, GammaJump)
+
+
+def landing(step: Transition, s: float) -> float:
+    """Where the network itself lands in a step to level s."""
+    return (1 - step.gamma) * s if isinstance(step, GammaJump) else s
 
 
 def transition(name: TransitionName, eta: float = 0.5) -> Transition:
@@ -92,8 +108,8 @@ def transition(name: TransitionName, eta: float = 0.5) -> Transition:
     if name == "cps":
         return cps(eta)
     if name == "gamma":
-        return gamma_jump(eta)
-    return renoise if name == "renoise" else ode
+        return GammaJump(eta)
+    return {"renoise": renoise, "reuse": reuse, "ode": ode}[name]
 
 
 COUNT = "steps"
@@ -109,29 +125,41 @@ def counted(cond: Condition, count: int, noise: Tensor) -> Condition:
 class Rollout:
     """Walks `steps`, noisiest first, from unit noise. With `two_times` the network is told where each step ends.
 
-    With `count` it is told of how many steps the walk is, by the dial `steps`: 1 / count.
+    With `count` it is told of how many steps the walk is, by the dial `steps`: 1 / count; `tells` are further dials,
+    each of one value.
     """
 
     def __init__(
-        self, steps: Sequence[Step], step: Transition = renoise, two_times: bool = False, count: int | None = None
+        self,
+        steps: Sequence[Step],
+        step: Transition = renoise,
+        two_times: bool = False,
+        count: int | None = None,
+        tells: Mapping[str, float] | None = None,
     ):
         if not steps:
             raise ValueError("a rollout needs at least one step")
-        if two_times and step is not ode:
-            raise ValueError("a network that is told where its step ends goes with the transition ode alone")
+        if two_times and not jumps(step):
+            raise ValueError("a network that is told where its step ends goes with the transitions ode and gamma alone")
         self.steps, self.step, self.two_times, self.count = tuple(steps), step, two_times, count
+        self.tells = dict(tells or {})
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def every(self, stride: int) -> Rollout:
         """The shorter walk of every `stride`-th step, the first one included."""
-        steps = self.steps[::stride]
-        return Rollout(steps, self.step, self.two_times, len(steps) if self.count else None)
+        return self.over(self.steps[::stride])
+
+    def over(self, steps: Sequence[Step]) -> Rollout:
+        """The same walk over other steps."""
+        return Rollout(steps, self.step, self.two_times, len(steps) if self.count else None, self.tells)
 
     def told(self, net: Backbone, cond: Condition, draw: Draw, purpose: str, noise: Tensor) -> Condition:
         """`cond` with what a step of this walk tells beside the time; noise (B, *S) gives the shape."""
         cond = net.randomness(cond, draw, purpose, noise.shape[1:])
+        dials = {name: torch.full((len(noise),), value, device=noise.device) for name, value in self.tells.items()}
+        cond = Condition(cond.inputs, {**cond.dials, **dials})
         return cond if self.count is None else counted(cond, self.count, noise)
 
     def passes(self, net: Backbone) -> float:
@@ -181,13 +209,15 @@ class Rollout:
         for i in range(last + 1):
             here, after = self.steps[i], self.level_after(i) if i < last else stop
             with nullcontext() if last - i < grad else torch.no_grad():
-                to, told = after * rows if self.two_times else None, self.told(net, cond, draw, f"{purpose}.{i}", noise)
+                to = landing(self.step, after) * rows if self.two_times else None
+                told = self.told(net, cond, draw, f"{purpose}.{i}", noise)
                 prediction = net(x, here.told * rows, told, to=to).at(here.level * rows)
                 x0, x_t, s = prediction.x0, x, after * rows
                 x = x0
                 if after > 0:
                     x, std = self.step(prediction, s)
-                    x = x if std is None else x + std * draw.normal(f"{purpose}.{i}", noise.shape[1:])
+                    if std is not None:
+                        x = x + std * (noise if self.step is reuse else draw.normal(f"{purpose}.{i}", noise.shape[1:]))
             yield Sample(x, s, x0, x_t, here.level * rows, i)
 
     def alone(

@@ -115,6 +115,8 @@ def exportable(run: Run) -> DiffusersBackbone:
         backbone = backbone.folded("to", 0.0)
     if run.rollout.count:
         backbone = backbone.folded(COUNT, 1 / run.rollout.count)
+    for name, value in run.rollout.tells.items():
+        backbone = backbone.folded(name, value)
     if told := ", ".join(name for name in backbone.dials if name not in run.objective.dials):
         raise UserError(
             f"this network is told more than the time ({told}), for which stock diffusers has no input: "

@@ -150,7 +150,7 @@ def _of_run(
         model = dataclasses.replace(run.config.model, steps=steps)
         scheduler = build.exportable(dataclasses.replace(run.config, model=model), run.teacher)
         walk = schedulers.student_steps(run.teacher.schedule, scheduler, steps, run.teacher.shift)
-        rollout = Rollout(walk, rollout.step, rollout.two_times, steps if rollout.count else None)
+        rollout = rollout.over(walk)
         run.objective.refuse(rollout)
     if base_first is not None:
         rollout = measure.relay(run, rollout, base_first)

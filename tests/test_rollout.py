@@ -15,14 +15,15 @@ from fewstep.core.schedule import Flow, NoiseSchedule, add_noise
 from fewstep.models.backbone import Backbone, Composite
 from fewstep.models.gaussian import GaussianModel
 from fewstep.rollout import (
+    GammaJump,
     Rollout,
     Step,
     Transition,
     TransitionName,
     cps,
-    gamma_jump,
     ode,
     renoise,
+    reuse,
     transition,
 )
 
@@ -33,8 +34,8 @@ TRANSITIONS: dict[str, Transition] = {
     "ode": ode,
     "cps half": cps(0.5),
     "cps most": cps(0.8),
-    "gamma third": gamma_jump(0.3),
-    "gamma most": gamma_jump(0.9),
+    "gamma third": GammaJump(0.3),
+    "gamma most": GammaJump(0.9),
 }
 
 
@@ -115,12 +116,12 @@ def test_ode_steps_approach_the_flow_map_with_order_one(name: str, processes: di
     assert errors[2] < 0.02 and all(0.9 < slope < 1.1 for slope in slopes)
 
 
-@pytest.mark.parametrize("whole", [[renoise, cps(1.0), gamma_jump(1.0)], [ode, cps(0.0), gamma_jump(0.0)]])
+@pytest.mark.parametrize("whole", [[renoise, cps(1.0), GammaJump(1.0)], [ode, cps(0.0), GammaJump(0.0)]])
 def test_extreme_transitions_coincide(whole: list[Transition], schedule: NoiseSchedule) -> None:
     net, noise = GaussianModel(MEAN, STD, schedule, "v_prediction"), torch.randn(4, 3)
     first, *others = (Rollout(even(3), step)(net, noise, COND, draw()).x0 for step in whole)
     assert all(torch.allclose(other, first, rtol=1e-4, atol=1e-5) for other in others)
-    halfway = [Rollout(even(3), step)(net, noise, COND, draw()).x0 for step in (cps(0.5), gamma_jump(0.5))]
+    halfway = [Rollout(even(3), step)(net, noise, COND, draw()).x0 for step in (cps(0.5), GammaJump(0.5))]
     assert all((other - first).abs().max() > 1e-3 for other in halfway)
 
 
@@ -182,10 +183,35 @@ def test_two_times_tell_where_each_step_ends() -> None:
     assert net.ends == [None, None]
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSITIONS if name != "ode"])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.7, 1.0])
+def test_jumps_of_an_exact_flow_map_keep_the_law_whatever_is_renoised(gamma: float) -> None:
+    """Told (1 - gamma) of where each step ends: mean and deviation after three steps, to four standard errors."""
+    net, noise = Recorder(FlowMap(MEAN, STD, Flow(), "flow_prediction")), torch.randn(40_000, 1)
+    made = Rollout(even(3), GammaJump(gamma), two_times=True)(net, noise, COND, draw(40_000)).x0
+    assert net.ends == pytest.approx([(1 - gamma) * 2 / 3, (1 - gamma) / 3, 0.0])
+    assert made.mean().item() == pytest.approx(MEAN, abs=4 * STD / 200)
+    assert made.std().item() == pytest.approx(STD, abs=4 * STD / 200 / 2**0.5)
+
+
+def test_the_first_noise_can_be_used_again() -> None:
+    """RF++: exact for straight paths, where x_s = (1 - s) x0 + s z; the same noise at every step."""
+    net, noise = Recorder(GaussianModel(MEAN, STD, Flow(), "flow_prediction")), torch.randn(5, 3)
+    *_, before, last = Rollout(even(3), reuse).walk(net, noise, COND, draw(5))
+    assert torch.allclose(before.x, (2 / 3) * before.x0 + (1 / 3) * noise, atol=1e-6)
+    assert torch.equal(last.x_t, before.x) and transition("reuse") is reuse
+
+
+def test_dials_of_one_value_are_told_at_every_step() -> None:
+    net = Recorder(GaussianModel(MEAN, STD, Flow(), "flow_prediction"))
+    rollout = Rollout(even(2), ode, tells={"guidance": 3.5})
+    told = rollout.told(net, COND, draw(2), "x", torch.zeros(2, 3))
+    assert told.dials["guidance"].tolist() == [3.5, 3.5] and rollout.over(even(4)).tells == {"guidance": 3.5}
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSITIONS if name != "ode" and "gamma" not in name])
 def test_two_times_go_with_jumps_alone(name: str) -> None:
     """The other transitions read a jump to another level than the one told, which is not where the ODE goes."""
-    with pytest.raises(ValueError, match="goes with the transition ode alone"):
+    with pytest.raises(ValueError, match="goes with the transitions ode and gamma alone"):
         Rollout(even(2), TRANSITIONS[name], two_times=True)
     assert Rollout(even(2), transition("ode"), two_times=True).two_times
 
@@ -286,6 +312,6 @@ def test_fresh_noise_differs_by_step_and_purpose_and_not_by_batch() -> None:
 @pytest.mark.parametrize("name", get_args(TransitionName))
 def test_every_name_is_a_transition(name: TransitionName) -> None:
     net, noise = GaussianModel(MEAN, STD, Flow(), "flow_prediction"), torch.randn(4, 3)
-    own = {"renoise": renoise, "cps": cps(0.3), "gamma": gamma_jump(0.3)}.get(name, ode)
+    own = {"renoise": renoise, "cps": cps(0.3), "gamma": GammaJump(0.3), "reuse": reuse}.get(name, ode)
     named, direct = (Rollout(even(3), step)(net, noise, COND, draw()).x0 for step in (transition(name, 0.3), own))
     assert torch.equal(named, direct)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Kind, Prediction
-from fewstep.core.schedule import NoiseSchedule, remap
+from fewstep.core.schedule import NoiseSchedule, expand, remap
 
 
 class Backbone(nn.Module):
@@ -78,14 +78,20 @@ class Composite(Backbone):
 
 
 class Guided(Composite):
-    """Classifier-free guidance u + w (c - u) in one batched pass. w = 1 costs a plain pass."""
+    """Classifier-free guidance u + w (c - u) in one batched pass; w is alike for all rows, or (B,).
 
-    def __init__(self, inner: Backbone, scale: float = 1.0):
+    w = 1 for all costs a plain pass.
+    """
+
+    def __init__(self, inner: Backbone, scale: float | Tensor = 1.0):
         super().__init__(inner)
         self.scale = scale
 
     def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
-        if self.scale == 1.0:
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = expand(scale, x_t).float()
+        elif scale == 1.0:
             return self.inner(x_t, t, cond, to=to, taps=taps, stop=stop)
         if taps or stop:
             raise ValueError("a guided backbone has no features of its own: tap its inner backbone")
@@ -93,7 +99,7 @@ class Guided(Composite):
         twice = None if to is None else torch.cat([to, to])
         prediction = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), both, to=twice)
         unconditional, conditional = prediction.value.float().chunk(2)
-        value = unconditional + self.scale * (conditional - unconditional)
+        value = unconditional + scale * (conditional - unconditional)
         return replace(prediction, value=value, x_t=x_t, t=t)
 
 
@@ -102,9 +108,13 @@ def unguided(net: Backbone) -> Backbone:
     return net.inner if isinstance(net, Guided) else net
 
 
+def _plain(scale: float | Tensor) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1
+
+
 def passes(net: Backbone) -> float:
     """What one prediction costs: guidance asks twice."""
-    return 2 * net.inner.cost if isinstance(net, Guided) and net.scale != 1 else net.cost
+    return 2 * net.inner.cost if isinstance(net, Guided) and not _plain(net.scale) else net.cost
 
 
 class Blend(Backbone):

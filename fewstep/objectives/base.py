@@ -67,7 +67,6 @@ class Objective(nn.Module):
 
     `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses (x0, pair).
     `dials` are scalars beside the time that training alone tells the generator.
-    With `two_times` the generator is told where its step ends, in training and whenever it is sampled.
     `partial` objectives make samples that may end above level 0, and compare such states as they are.
     `group` samples next to each other share a condition and stay in one micro-batch.
     `perception` names the frozen network by which it compares samples, reader or lpips: it is lent as `perceive`.
@@ -77,7 +76,6 @@ class Objective(nn.Module):
     roles: ClassVar[tuple[str, ...]] = ("generator",)
     reads: tuple[str, ...] = ()
     dials: ClassVar[tuple[str, ...]] = ()
-    two_times: ClassVar[bool] = False
     partial: bool = False
     group: int = 1
     perception: str | None = None
@@ -103,6 +101,16 @@ class Objective(nn.Module):
     def counts(cls, config: Any) -> bool:
         """Whether generator and critic are told of how many steps the walk is."""
         return False
+
+    @classmethod
+    def two_times(cls, config: Any) -> bool:
+        """Whether the generator is told where its step ends, in training and whenever it is sampled."""
+        return False
+
+    @classmethod
+    def tells(cls, config: Any) -> dict[str, float]:
+        """Further dials of the generator, told in training and when it is sampled, and their values in the latter."""
+        return {}
 
     def refuse(self, rollout: Rollout) -> None:
         """Raises UserError for a rollout by which what this objective makes must not be sampled."""

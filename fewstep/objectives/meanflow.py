@@ -54,8 +54,11 @@ class Config:
 
 class Objective(base.Objective):
     reads = ("x0",)
-    two_times = True
     way: Way
+
+    @classmethod
+    def two_times(cls, config: Any) -> bool:
+        return True
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fewstep.core.batch import Condition
 from fewstep.core.prediction import KINDS, Kind, Prediction
 from fewstep.core.schedule import VP, Flow, NoiseSchedule, remap
-from fewstep.models.backbone import Backbone, Blend, Composite, Guided, Remapped, Routed, frozen
+from fewstep.models.backbone import Backbone, Blend, Composite, Guided, Remapped, Routed, frozen, passes
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.gaussian import GaussianModel
 
@@ -64,6 +64,15 @@ def test_guidance_is_u_plus_w_times_c_minus_u_in_one_pass(w: float, net: Diffuse
     (call,) = recorder.calls
     assert call["class_labels"].tolist() == [4, 4, 4, 0, 1, 2]
     assert torch.equal(call["to"], torch.cat([T, T]) / 2) and torch.equal(call["x_t"], torch.cat([x, x]))
+
+
+def test_every_row_can_have_a_guidance_of_its_own(net: DiffusersBackbone, x: Tensor) -> None:
+    scales = torch.tensor([0.0, 1.0, 7.5])
+    together = Guided(net, scales)(x, T, COND).value
+    for row, scale in enumerate(scales.tolist()):
+        alone = Guided(net, scale)(x, T, COND).value[row]
+        assert torch.allclose(together[row], alone, rtol=0, atol=1e-5)
+    assert passes(Guided(net, scales)) == 2 and passes(Guided(net, 1.0)) == 1
 
 
 def test_guidance_needs_a_null_condition_and_has_no_features(net: DiffusersBackbone, x: Tensor) -> None:

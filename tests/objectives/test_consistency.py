@@ -23,7 +23,7 @@ from fewstep.objectives.base import Triad
 from fewstep.objectives.consistency import Config, Objective
 from fewstep.objectives.pieces.distances import distance
 from fewstep.objectives.pieces.teacher_step import teacher_step
-from fewstep.rollout import Transition, cps, gamma_jump, ode, renoise
+from fewstep.rollout import GammaJump, Transition, cps, ode, renoise
 from fewstep.train.player import Follower, Player, constant_decay
 
 LAW = (1.0, 0.7)
@@ -288,10 +288,10 @@ def test_an_exact_map_walked_by_the_ode_is_wrong_beyond_one_step(times: tuple[fl
 def test_an_exact_map_that_renoises_is_right_and_half_fresh_noise_is_not_enough() -> None:
     """Four standard errors of 2^17 numbers: .006."""
     assert walked(renoise, FOUR) == pytest.approx(LAW, abs=0.008)
-    assert walked(cps(0.5), FOUR)[1] > 0.95 and walked(gamma_jump(0.5), FOUR)[1] > 0.8
+    assert walked(cps(0.5), FOUR)[1] > 0.95 and walked(GammaJump(0.5), FOUR)[1] > 0.8
 
 
-@pytest.mark.parametrize("transition", [ode, cps(0.5), gamma_jump(0.5)])
+@pytest.mark.parametrize("transition", [ode, cps(0.5), GammaJump(0.5)])
 def test_several_steps_without_fresh_noise_alone_are_refused(transition: Transition) -> None:
     net = GaussianModel(*LAW, Flow(), "flow_prediction")
     with pytest.raises(UserError, match=r"4 steps .* model\.transition=renoise, or use one step"):

@@ -193,7 +193,8 @@ def make(
     networks: dict[str, Any] = {"generator": network(1, "generator")}
     torch.manual_seed(7)
     counts = ["steps"] if module.Objective.counts(config) else []
-    for dial in (*module.Objective.dials, *(["to"] if module.Objective.two_times else []), *counts):
+    tells, two_times = module.Objective.tells(config), module.Objective.two_times(config)
+    for dial in (*module.Objective.dials, *tells, *(["to"] if two_times else []), *counts):
         networks["generator"].add_dial(dial)
     inputs = torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)})
     bare = networks["generator"]
@@ -210,7 +211,7 @@ def make(
             networks["fake_score"].add_dial(dial)
             nn.init.normal_(networks["fake_score"].dials[dial].layers[-1].weight, std=0.05)
     transition = TRANSITIONS.get(told) or TRANSITIONS.get(name, renoise)
-    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition, module.Objective.two_times, 2 if counts else None)
+    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition, two_times, 2 if counts else None, tells)
     objective = module.Objective(config, Triad(**networks), rollout)
     if named := getattr(config, "reward", None):
         objective.reward = rewards.own(named)
