@@ -592,8 +592,12 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
         if where is None:
             raise UserError("a term of a sum cannot bring a teacher of its own: make it the objective")
         target: Backbone = triad.target_score.inner  # type: ignore[assignment]
-        _refuse_process(where, target)
-        load_weights(target, stored_in(where, "generator"), f"objective.target_teacher={where}")
+        what = f"objective.target_teacher={where}"
+        if where.startswith("previous."):
+            load_weights(target, _of_previous(where, previous, what), what)
+        else:
+            _refuse_process(where, target)
+            load_weights(target, stored_in(where, "generator"), what)
     for role, where in config.start.items():
         network = getattr(triad, role, None) if role in ("generator", "fake_score") else None
         if network is None:
@@ -601,9 +605,7 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
         if where == "teacher":
             continue
         if where.startswith("previous."):
-            if previous is None:
-                raise UserError(f"start.{role}={where}: there is no earlier stage")
-            state = checkpoint.read_network(latest(previous), where.removeprefix("previous."), "ema")
+            state = _of_previous(where, previous, f"start.{role}={where}")
         else:
             state = stored_in(where, role)
         if config.players[role].lora is not None and not any("lora_" in name for name in state):
@@ -612,6 +614,13 @@ def start(config: Config, triad: Triad, previous: Path | None) -> None:
                 f"full weights: make them model.teacher, or remove players.{role}.lora"
             )
         load_weights(network, state, f"start.{role}={where}")
+
+
+def _of_previous(where: str, previous: Path | None, what: str) -> stored.Stored:
+    """The weights of a role of the earlier stage."""
+    if previous is None:
+        raise UserError(f"{what}: there is no earlier stage")
+    return checkpoint.read_network(latest(previous), where.removeprefix("previous."), "ema")
 
 
 def _refuse_process(where: str, target: Backbone) -> None:
@@ -674,7 +683,8 @@ def build_players(config: Config, triad: Triad, objective: Objective) -> dict[st
             player.followers["ema"] = Follower(player.modules[0], ema_decay(player.config.ema))
         players[name] = player
     for label, decay in objective.followers().items():
-        players["generator"].followers[label] = Follower(triad.generator, constant_decay(decay))
+        law = decay if callable(decay) else constant_decay(decay)
+        players["generator"].followers[label] = Follower(triad.generator, law)
         objective.targets[label] = players["generator"].followers[label].module  # type: ignore[assignment]
     for role, decay in objective.drawn().items():
         pull = Pull(networks[role], triad.generator, decay, "objective.critic_average")

@@ -65,10 +65,14 @@ def _log_normal(times: Times, u: Tensor, schedule: NoiseSchedule) -> Tensor:
     return schedule.time_of(torch.exp(times.mean + times.std * torch.special.ndtri(u)))
 
 
+def _karras_sigma(u: Tensor) -> Tensor:
+    low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
+    return (low + u * (high - low)) ** 7
+
+
 def _karras(times: Times, u: Tensor, schedule: NoiseSchedule) -> Tensor:
     """Uniform on the ladder sigma = (min^(1/7) + u (max^(1/7) - min^(1/7)))^7 between 0.002 and 80."""
-    low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
-    return schedule.time_of((low + u * (high - low)) ** 7)
+    return schedule.time_of(_karras_sigma(u))
 
 
 def _u_shape(times: Times, u: Tensor, schedule: NoiseSchedule) -> Tensor:
@@ -102,6 +106,8 @@ class Grid:
 
     count: int = 18
     """intervals of the ladder"""
+    law: Literal["even", "karras"] = "even"
+    """even | karras (even in sigma^(1/7) from .002 to 80, the last rung at noise)"""
     shift: float = field(default=1.0)
     """moves the ladder towards noise (> 1)"""
 
@@ -111,7 +117,10 @@ class Grid:
 
     def times(self, schedule: NoiseSchedule) -> Tensor:
         """(count + 1,) float32, ascending from exactly 0 to 1."""
-        ladder = shift(torch.arange(self.count + 1, dtype=torch.float64) / self.count, self.shift)
+        ladder = torch.arange(self.count + 1, dtype=torch.float64) / self.count
+        if self.law == "karras":
+            ladder[1:-1] = schedule.time_of(_karras_sigma(ladder[1:-1]))
+        ladder = shift(ladder, self.shift)
         return torch.cat([ladder[:1], schedule.snap(ladder[1:])]).float()
 
     def pair(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
@@ -119,3 +128,12 @@ class Grid:
         times = self.times(schedule).to(u.device)
         index = (u * self.count).long().clamp(max=self.count - 1)
         return times[index + 1], times[index]
+
+    def around(self, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+        """(t, s), each (B,): the rungs between which the given times lie.
+
+        Of a density of t this makes its integrals over the intervals (iCT's discretised log-normal).
+        """
+        times = self.times(schedule).to(t.device)
+        index = torch.searchsorted(times, t.float().contiguous()).clamp(1, self.count)
+        return times[index], times[index - 1]

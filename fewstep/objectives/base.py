@@ -83,8 +83,8 @@ class Objective(nn.Module):
 
     def __init__(self, config: Any, triad: Triad, rollout: Rollout):
         super().__init__()
-        self.refuse(rollout)
         self.config, self.triad, self.rollout = config, triad, rollout
+        self.refuse(rollout)
         self.targets: dict[str, Backbone] = {}
 
     @classmethod
@@ -122,8 +122,11 @@ class Objective(nn.Module):
         """Player -> modules of this objective that move with it, beside the network of that name."""
         return {}
 
-    def followers(self) -> dict[str, float]:
-        """Name -> decay of the target networks that trail the generator; they are found in `self.targets`."""
+    def followers(self) -> Mapping[str, float | Callable[[int], float]]:
+        """Name -> decay of the target networks that trail the generator, or decay of moves made so far.
+
+        They are found in `self.targets`.
+        """
         return {}
 
     def drawn(self) -> dict[str, float]:

@@ -125,7 +125,7 @@ def test_the_boundary_is_exact_for_every_kind(kind: Kind, schedule: NoiseSchedul
     (x_s,) = whitened(1)
     s = torch.zeros(len(x_s))
     s[::2] = 0.5
-    target = objective.target(x_s, s, Condition())
+    target = objective.target(x_s, s, torch.zeros_like(s), Condition())
     assert torch.equal(target[1::2], x_s[1::2])
     assert torch.equal(target[::2], net(x_s, s, Condition()).x0[::2])
     assert not torch.equal(target[::2], x_s[::2])
@@ -181,9 +181,9 @@ def test_training_without_a_teacher_is_right_on_average_only(schedule: NoiseSche
             objective = at_the_map(schedule, kind, count, mode=mode)
             batch = told_data(0.5)
             x_t = add_noise(schedule, batch.x0, batch.noise, t)
-            x_s = objective.cleaner(x_t, batch.x0, batch.noise, t, s, batch.cond)
+            x_s = objective.cleaner(x_t, batch.x0, batch.noise, t, s, batch)
             f = objective.triad.generator(x_t, t, batch.cond).x0
-            residuals[mode] = f - objective.target(x_s, s, batch.cond)
+            residuals[mode] = f - objective.target(x_s, s, torch.zeros_like(s), batch.cond)
             rate, intercept = regression(residuals[mode], x_t)
             if mode == "training":
                 rms.append(residuals[mode].square().mean().sqrt().item() * count)
@@ -239,8 +239,10 @@ def test_the_follower_trails_with_its_decay_and_gives_the_target() -> None:
     assert abs(generator.mean.item() - shadow) > 1e-2
     (x_s,) = whitened(1)
     rows = torch.full((64,), 0.4)
-    assert torch.equal(objective.target(x_s, rows, Condition()), objective.targets["target"](x_s, rows, Condition()).x0)
-    assert not torch.equal(objective.target(x_s, rows, Condition()), generator(x_s, rows, Condition()).x0)
+    assert torch.equal(
+        objective.target(x_s, rows, 0 * rows, Condition()), objective.targets["target"](x_s, rows, Condition()).x0
+    )
+    assert not torch.equal(objective.target(x_s, rows, 0 * rows, Condition()), generator(x_s, rows, Condition()).x0)
     assert not any(p.requires_grad for p in objective.targets["target"].parameters())
     for wrong in (1.0, -0.1):
         with pytest.raises(UserError):

@@ -1,0 +1,72 @@
+"""Easy consistency tuning (ECT; Geng et al. 2024, arXiv:2406.14548): from a diffusion model, in stages, without a grid.
+
+t is drawn freely and m follows it, in k = sigma / alpha, by a ratio that rises towards 1 from stage to stage:
+
+    k_m = max(0, k_t (1 - q^-(stage + 1) (1 + steep sigmoid(-b k_t))))
+
+so early stages have m = 0 at low noise, which is plain denoising. L = E |f(x_t, t) - sg f(x_m, m)| / (t - m), of a
+sample as a whole; the target is the generator itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core.batch import Batch
+from fewstep.core.errors import UserError
+from fewstep.core.times import Times
+from fewstep.objectives import consistency
+from fewstep.objectives.pieces.distances import Robust
+
+
+@dataclass
+class Config(consistency.Config):
+    name: str = "ect"
+    mode: Literal["distillation", "training"] = "training"
+    """training: data alone, no teacher; distillation: one step of the (guided) teacher"""
+    times: Times | None = field(default_factory=lambda: Times(law="log_normal", mean=-1.1, std=2.0))
+    """law of t"""
+    target: Literal["follower", "self"] = "self"
+    """whose answer at m is the target"""
+    distance: Robust = "sample_huber"
+    """l2 | l1 | huber | sample_huber (of a sample as a whole)"""
+    weight: Literal["none", "inverse_step"] = "inverse_step"
+    """inverse_step: 1 / (t - m), in the process's own time"""
+    ratio: float = 2.0
+    """q: the gap between t and m falls by it from stage to stage"""
+    stage_steps: int = 100
+    """steps of a stage"""
+    steep: float = 8.0
+    """by how much more the gap is at low noise"""
+    slope: float = 1.0
+    """b: how soon, in sigma / alpha, noise is no longer low"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.times is None or self.curriculum.law != "constant":
+            raise UserError("ect draws its times and has no grid: give objective.times, and no objective.curriculum")
+        if not self.ratio > 1 or self.stage_steps < 1 or self.steep < 0:
+            raise UserError(
+                "objective.ratio is above 1, objective.stage_steps at least 1 and objective.steep at least 0, but "
+                f"{self.ratio}, {self.stage_steps} and {self.steep} were given"
+            )
+
+
+class Objective(consistency.Objective):
+    def neighbours(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        t = self.draw_time(batch, "consistency.t", self.config.times)
+        return t, self.cleaner_time(t, step // self.config.stage_steps)
+
+    def cleaner_time(self, t: Tensor, stage: int) -> Tensor:
+        """m (B,) < t at a stage, from 0."""
+        config, schedule = self.config, self.triad.generator.schedule
+        alpha, sigma, _, _ = schedule.coefficients(t.double())
+        noise = sigma / alpha
+        gap = config.ratio ** -(stage + 1) * (1 + config.steep * torch.sigmoid(-config.slope * noise))
+        # From pure noise, sigma / alpha being infinite, the ratio is that of the times.
+        m = torch.where(noise.isinf(), t.double() * (1 - gap), schedule.time_of((noise * (1 - gap)).clamp(min=0)))
+        return torch.where(gap >= 1, 0.0, m).to(t)
