@@ -22,6 +22,9 @@ from fewstep.core.times import Times
 from fewstep.objectives import consistency
 from fewstep.objectives.pieces.distances import Robust
 
+NOISIEST = 80.0
+"""sigma / alpha that stands for all above it: at pure noise a flow has no finite one"""
+
 
 @dataclass
 class Config(consistency.Config):
@@ -65,8 +68,6 @@ class Objective(consistency.Objective):
         """m (B,) < t at a stage, from 0."""
         config, schedule = self.config, self.triad.generator.schedule
         alpha, sigma, _, _ = schedule.coefficients(t.double())
-        noise = sigma / alpha
+        noise = (sigma / alpha).clamp(max=NOISIEST)
         gap = config.ratio ** -(stage + 1) * (1 + config.steep * torch.sigmoid(-config.slope * noise))
-        # From pure noise, sigma / alpha being infinite, the ratio is that of the times.
-        m = torch.where(noise.isinf(), t.double() * (1 - gap), schedule.time_of((noise * (1 - gap)).clamp(min=0)))
-        return torch.where(gap >= 1, 0.0, m).to(t)
+        return schedule.time_of((noise * (1 - gap)).clamp(min=0)).to(t)

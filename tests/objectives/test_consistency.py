@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import KINDS, Kind, Prediction
-from fewstep.core.schedule import Flow, NoiseSchedule, add_noise, vp_from_betas
-from fewstep.core.times import Grid
+from fewstep.core.schedule import EDM, Flow, NoiseSchedule, add_noise, vp_from_betas
+from fewstep.core.times import Grid, Times
 from fewstep.models.backbone import Guided
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Triad
 from fewstep.objectives.consistency import Config, Objective
-from fewstep.objectives.pieces.distances import distance
+from fewstep.objectives.pieces.curriculum import Curriculum
+from fewstep.objectives.pieces.distances import distance, each
 from fewstep.objectives.pieces.teacher_step import teacher_step
 from fewstep.rollout import GammaJump, Transition, cps, ode, renoise
 from fewstep.train.player import Follower, Player, constant_decay
@@ -337,3 +339,74 @@ def test_learns_the_map_of_the_discretised_teacher(mode: str) -> None:
     limit = made(teacher, ladder)
     assert limit[0] == pytest.approx(1.0, abs=1e-3) and 0.5 < limit[1] < 0.69  # DDIM falls short of .7
     assert made(student, (1.0,)) == pytest.approx(limit, rel=0.02)
+
+
+def test_curricula_are_the_published_curves() -> None:
+    """CT: 1 to 150 intervals and mu from .95^2 to .95^(2/150); iCT: 10, 20, .. 1280, each for an eighth of the run."""
+    root = Curriculum("root", start=2, end=150, over=800)
+    assert [root.count(k, 18) for k in (0, 800, 5000)] == [1, 150, 150]
+    assert root.count(400, 18) == math.ceil(math.sqrt(0.5 * (151**2 - 4) + 4) - 1) == 106
+    assert root.follower(0) == pytest.approx(0.95**2) and root.follower(800) == pytest.approx(0.95 ** (2 / 150))
+    doubling = Curriculum("doubling", start=10, end=1280, over=800)
+    assert [doubling.count(k, 18) for k in (0, 99, 100, 350, 700, 800, 9000)] == [10, 10, 20, 80, 1280, 1280, 1280]
+    assert Curriculum().count(7, 18) == 18
+
+
+def test_a_curriculum_drives_the_grid_and_the_follower() -> None:
+    net = GaussianModel(*LAW, Flow(), "flow_prediction", learned=True)
+    config = Config(mode="training", curriculum=Curriculum("root", over=10, end=20))
+    objective, (u,) = Objective(config, Triad(net), walk((1.0,))), whitened(1)
+    batch = Batch(u, Condition(), Draw(0, 0, torch.arange(len(u))), u)
+    for step in (0, 3, 10):
+        t, m = objective.neighbours(batch, step)
+        assert torch.allclose(t - m, torch.full_like(t, 1 / config.curriculum.count(step, 18)), atol=1e-6)
+    law = objective.followers()["target"]
+    assert callable(law) and law(10) == pytest.approx(0.95 ** (2 / 20))
+
+
+def test_karras_rungs() -> None:
+    """Even in sigma^(1/7) between .002 and 80, as N = 40 of the paper."""
+    times = Grid(39, "karras").times(EDM()).double() * 80
+    roots = times[1:] ** (1 / 7)
+    assert times[-1].item() == pytest.approx(80) and times[0] == 0
+    steps = (roots[1:] - roots[:-1]) / (80 ** (1 / 7) - 0.002 ** (1 / 7)) * 39
+    assert (steps - 1).abs().max() < 1e-3
+
+
+def test_intervals_by_a_law_are_its_integrals() -> None:
+    """iCT: erf differences of the log-normal, mean -1.1 and deviation 2, within four standard errors."""
+    grid, law = Grid(10, "karras"), Times(law="log_normal", mean=-1.1, std=2.0)
+    u = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    t, m = grid.around(law(u, EDM()), EDM())
+    rungs = grid.times(EDM()).double() * 80
+    below = 0.5 * (1 + torch.erf((rungs.clamp(min=1e-12).log() + 1.1) / (2 * 2**0.5)))
+    below[0], below[-1] = 0, 1
+    for i in range(10):
+        share = ((t * 80 - rungs[i + 1]).abs() < 1e-4).double().mean()
+        assert share.item() == pytest.approx((below[i + 1] - below[i]).item(), abs=4 * 0.5 / 200_000**0.5)
+    assert (m < t).all()
+
+
+def test_the_huber_of_a_sample() -> None:
+    """c = .00054 sqrt(values): .030 for CIFAR-10, .060 for ImageNet-64; far from it the gradient is a unit vector."""
+    for values, c in ((3072, 0.030), (12288, 0.060)):
+        small = torch.full((1, values), 1e-6)
+        expected = (values * 1e-12 + c * c) ** 0.5 - c
+        assert each(small, 0 * small, "sample_huber").item() == pytest.approx(expected, rel=0.03, abs=1e-9)
+    x = (5 * torch.randn(2, 48)).requires_grad_()
+    (slope_of,) = torch.autograd.grad(each(x, torch.zeros(2, 48), "sample_huber").sum(), x)
+    assert torch.allclose(slope_of, (x / x.norm(dim=1, keepdim=True)).detach(), atol=1e-5)
+    for kind in ("l2", "l1", "huber"):
+        assert each(x, 0 * x, kind).mean().item() == pytest.approx(distance(x, 0 * x, kind).item(), rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_the_weight_is_one_over_the_step() -> None:
+    objective = at_the_map(Flow(), "flow_prediction", 4, weight="inverse_step", distance="l1")
+    f, target = torch.ones(2, 3), torch.zeros(2, 3)
+    assert objective.loss(f, target, torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.3])).item() == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("wrong", [{"start": 0}, {"start": 9, "end": 3}, {"over": 0}, {"decay": 1.0}])
+def test_curricula_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="curriculum"):
+        Curriculum(**wrong)

@@ -25,6 +25,7 @@ from fewstep.models.voices import Shared, Voice
 from fewstep.objectives import base
 from fewstep.objectives.base import Objective, Triad, Turn
 from fewstep.objectives.pieces.exits import Exits
+from fewstep.objectives.pieces.judged import JudgeConfig
 from fewstep.rollout import Rollout, ode, renoise
 from fewstep.train.player import Player, PlayerConfig
 
@@ -39,9 +40,18 @@ PROCESSES: dict[str, tuple[NoiseSchedule, Kind]] = {
 
 GAN = {"gan_weight": 0.5, "gan_critic_weight": 0.5, "ratio": 2}
 WHOLE = Exits("last", 2)
+# The hinge gives the last bias no gradient while all logits lie in its margin.
+JUDGE = JudgeConfig(weight=0.5, loss="softplus", taps=["down_blocks.1", "mid_block"])
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ac_dmd": {"": {"ratio": 2}},
     "consistency": {"": {}, "heun-self": {"solver": "heun", "target": "self"}, "training": {"mode": "training"}},
+    "ctm": {"": {}, "judged": {"judge": JUDGE, "mode": "distillation"}},
+    "ect": {"": {}, "teacher": {"mode": "distillation", "stage_steps": 1}},
+    "lcm": {"": {}, "lora": {"embed": False, "target": "self"}},
+    "pcm": {"": {"judge": JUDGE}, "plain": {}},
+    "tcd": {"": {}, "twice": {"second_time": True}},
+    "tcm": {"": {"target_teacher": "given", "stage_steps": 1}},
+    "tscd": {"": {"segments": 3, "judge": JUDGE}, "plain": {"segments": 2, "target": "self"}},
     "dmd": {"": {}, "free": {"regression": 0.0, "ratio": 2}, "whole": {"exits": WHOLE}},
     "disback": {"": {**GAN, "ratio": 1, "snapshots": 1, "record": 1, "interval": 2}},
     "dmd2": {
@@ -73,7 +83,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "gap": {"gan_weight": 0.0, "split": 0.0},
         "own": {**GAN, "split": 1.0, "gan_start": 2, "critic_average": 1.0},
     },
-    # The hinge gives the last bias no gradient while all logits lie in its margin.
     "ladd": {"": {"gan_loss": "softplus", "ratio": 2, "gan_taps": ["down_blocks.1", "mid_block"], "gan_r1": 10.0}},
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
     "tmd": {"": {**GAN}, "flow": {"stage": "flow"}},
@@ -85,7 +94,19 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "meanflow": ode, "paired": ode, "sum": ode, "tdm": ode}
+TRANSITIONS = {
+    "ctm": ode,
+    "ctm-judged": ode,
+    "pcm": ode,
+    "pcm-plain": ode,
+    "tcd-twice": ode,
+    "dmd": ode,
+    "dmd2-whole": ode,
+    "meanflow": ode,
+    "paired": ode,
+    "sum": ode,
+    "tdm": ode,
+}
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
 ONLY = {"tmd": ["flow"], "twinflow": ["flow"]}
