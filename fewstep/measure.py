@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.build import Run
+from fewstep.build import Run, exportable
 from fewstep.config import FEWEST_SAMPLES
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
@@ -105,6 +105,15 @@ def student(run: Run) -> tuple[Backbone, Rollout]:
     if run.config.model.network is not None and run.config.model.guidance != 1:
         net = Guided(net, run.config.model.guidance)
     return net, run.rollout
+
+
+def walked(run: Run, steps: int) -> Rollout:
+    """The student's rollout in another number of steps. Raises UserError where its objective refuses that."""
+    model = replace(run.config.model, steps=steps)
+    scheduler = exportable(replace(run.config, model=model), run.teacher)
+    rollout = run.rollout.over(schedulers.student_steps(run.teacher.schedule, scheduler, steps, run.teacher.shift))
+    run.objective.refuse(rollout)
+    return rollout
 
 
 def teacher(run: Run, steps: int, how: TransitionName = "ode") -> tuple[Backbone, Rollout]:

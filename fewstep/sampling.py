@@ -147,11 +147,7 @@ def _of_run(
         net = _guided(run.evaluated(), run.teacher.guides, guidance)
     if steps is not None and steps != len(rollout):
         _allowed(steps, run.teacher.scheduler)
-        model = dataclasses.replace(run.config.model, steps=steps)
-        scheduler = build.exportable(dataclasses.replace(run.config, model=model), run.teacher)
-        walk = schedulers.student_steps(run.teacher.schedule, scheduler, steps, run.teacher.shift)
-        rollout = rollout.over(walk)
-        run.objective.refuse(rollout)
+        rollout = measure.walked(run, steps)
     if base_first is not None:
         rollout = measure.relay(run, rollout, base_first)
     codec = run.teacher.codec

@@ -73,7 +73,7 @@ def test_a_row_is_kept_once_and_the_table_has_mean_and_deviation(tmp_path: Path)
 
 
 def test_baselines_come_once_and_four_steps_with_one() -> None:
-    found = [(entry.name, entry.seed) for entry in benchmark.entries("matching", [], [], [0, 1])]
+    found = [(entry.name, entry.seed) for entry in benchmark.entries("scenes", [], [], [0, 1])]
     assert found[:3] == [("teacher", 0), ("undistilled", 0), ("undistilled_four_steps", 0)]
     assert found.count(("dmd_four_steps", 1)) == 1 and len(found) == len(set(found))
     with pytest.raises(UserError, match="name them by --configs"):

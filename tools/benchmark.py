@@ -59,7 +59,22 @@ METHODS = (
     "tdm",
     "tmd",
 )
-BOARDS = {"matching": tuple(f"configs/scenes/{name}.yaml" for name in METHODS)}
+MAPS = (
+    "consistency",
+    "ict",
+    "ect",
+    "tcm",
+    "lcm",
+    "lcm_lora",
+    "tcd",
+    "tscd",
+    "pcm",
+    "ctm",
+    "meanflow",
+    "rectified_flow",
+)
+"""Methods that learn the teacher's trajectory; those of several steps are also measured at 1, 2 and 8."""
+BOARDS = {"scenes": tuple(f"configs/scenes/{name}.yaml" for name in (*METHODS, *MAPS))}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
 BASELINES: dict[str, tuple[int, TransitionName]] = {
     "teacher": (measure.TEACHER_STEPS, "ode"),
@@ -103,9 +118,10 @@ class Entry:
             return {"steps": steps, **untrained_row(self.name, stages[0], steps, samples, how)}
         steps, parts = stages[-1].model.steps, getattr(stages[-1].objective, "parts", 1)
         if parts > 1:
-            bank = [self.stages(f"objective.part={part + 1}")[0] for part in range(parts)]
-            return {"steps": steps, **bank_row(self.name, bank, passes, samples)}
-        return {"steps": steps, **train_row(self.name, stages, passes, samples)}
+            bank = [self.stages(f"stage_2.objective.part={part + 1}")[1] for part in range(parts)]
+            return {"steps": steps, **bank_row(self.name, stages[0], bank, passes, samples)}
+        others = (1, 2, 8) if self.name.removesuffix("_four_steps") in MAPS and steps > 1 else ()
+        return {"steps": steps, **train_row(self.name, stages, passes, samples, others)}
 
 
 def digest(told: Any) -> str:

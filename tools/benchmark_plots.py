@@ -31,6 +31,8 @@ def write(folder: Path, rows: list[Row]) -> None:
     (folder / "table.md").write_text(table(methods))
     scatter(folder / "quality_diversity.png", methods)
     cost(folder / "cost.png", [own for own in methods if "training" in own[0]])
+    if walked := [own for own in methods if any("by_steps" in row for row in own)]:
+        by_steps(folder / "steps.png", walked)
 
 
 def with_rare(row: Row) -> Row:
@@ -95,6 +97,24 @@ def cost(file: Path, methods: list[list[Row]]) -> None:
     axis.set_xlabel("training, seconds of one core")
     axis.grid(alpha=0.3, axis="x")
     figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def by_steps(file: Path, methods: list[list[Row]]) -> None:
+    """Frechet distance (log) of students of four steps that are walked in other numbers of them."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
+    for own, colour in zip(methods, _colours(pyplot, len(methods)), strict=True):
+        found = [row["by_steps"] for row in own if "by_steps" in row]
+        counts = sorted({int(steps) for walk in found for steps in walk})
+        means = [mean(walk[str(n)]["frechet"] for walk in found if str(n) in walk) for n in counts]
+        axis.plot(counts, means, marker="o", color=colour, label=title(own[0]))
+    axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance to truth (lower is better)")
+    axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 

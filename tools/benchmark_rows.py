@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fewstep import build, measure
 from fewstep.config import Config
+from fewstep.core.errors import UserError
 from fewstep.models.bank import Bank
 from fewstep.models.passes import PassCounter, networks_of
 from fewstep.rollout import TransitionName
@@ -35,8 +37,17 @@ def train_stage(stage: Config, budget: int, root: Path, previous: Path | None) -
     return run, {**spent, "passes": counter.total, "stopped": counter.stopped, "seconds": time.process_time() - began}
 
 
-def train_row(name: str, stages: Sequence[Config], passes: int, samples: int) -> dict[str, Any]:
-    """The measures of the student that `passes`, shared out evenly to the stages, have made; `training` is the cost."""
+FEWER = 2_500
+"""images measured at other numbers of steps than the student's own"""
+
+
+def train_row(
+    name: str, stages: Sequence[Config], passes: int, samples: int, others: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The measures of the student that `passes`, shared out evenly to the stages, have made; `training` is the cost.
+
+    `by_steps` has some of them at `others` too, numbers of steps that the same student is walked in.
+    """
     cost: dict[str, float] = {}
     previous: Path | None = None
     with tempfile.TemporaryDirectory() as temporary:
@@ -49,18 +60,31 @@ def train_row(name: str, stages: Sequence[Config], passes: int, samples: int) ->
             previous = root
     net, rollout = measure.student(run)
     row = measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
-    return {**row, "training": cost}
+    return {**row, "training": cost, **({"by_steps": by_steps(run, [*others, len(rollout)])} if others else {})}
 
 
-def bank_row(name: str, parts: Sequence[Config], passes: int, samples: int) -> dict[str, Any]:
-    """The measures of a bank whose students, one for each of `parts` (msd), share `passes` evenly."""
-    cost: dict[str, float] = {}
+def by_steps(run: build.Run, numbers: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Steps -> Frechet distance and coverage of FEWER images of one student; numbers that it refuses are left out."""
+    found = {}
+    for steps in sorted(numbers):
+        with suppress(UserError):
+            net, _ = measure.student(run)
+            row = measure.measure("", run, net, measure.walked(run, steps), measure.truth_of(run.source), FEWER)
+            found[str(steps)] = {key: row[key] for key in ("frechet", "coverage")}
+    return found
+
+
+def bank_row(name: str, first: Config, parts: Sequence[Config], passes: int, samples: int) -> dict[str, Any]:
+    """The measures of a bank: half of `passes` for the stage that all students start from, the rest to its `parts`."""
     students = []
     with tempfile.TemporaryDirectory() as temporary:
+        common = Path(temporary) / "common"
+        common.mkdir()
+        _, cost = train_stage(first, passes // 2, common, None)
         for part in parts:
             root = Path(temporary) / f"part_{part.objective.part}"  # type: ignore[attr-defined]
             root.mkdir()
-            run, spent = train_stage(part, passes // len(parts), root, None)
+            run, spent = train_stage(part, passes // 2 // len(parts), root, common)
             cost = {k: cost.get(k, 0) + v for k, v in spent.items()}
             students.append(run.evaluated())
     bank = Bank(students, run.objective.partition)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
     python tools/method_pages.py [--check]
 
 The text is the docstring of the objective and tools/method_notes.yaml; keys and defaults are those of its Config; rows
-are those of assets/benchmarks/matching/rows.jsonl. `--check` writes nothing and fails where a page is not up to date.
+are those of assets/benchmarks/scenes/rows.jsonl. `--check` writes nothing and fails where a page is not up to date.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def configs(name: str) -> list[str]:
 
 def measured(name: str) -> str:
     """Its rows of the benchmark beside those of the teacher and the undistilled generator."""
-    rows = benchmark.load(benchmark.RESULTS / "matching")
+    rows = benchmark.load(benchmark.RESULTS / "scenes")
     own = [row for row in rows if row["name"].removesuffix("_four_steps") == name]
     if not own:
         return "Not measured yet."
@@ -75,7 +75,7 @@ def page(name: str) -> str:
         (base.find(name).__doc__ or "").strip(),
         f"**When to choose it.** {told['choose']}",
         "## Measured",
-        "From the built-in flow teacher, at equal network passes (`python tools/benchmark.py matching`):",
+        "From the built-in flow teacher, at equal network passes (`python tools/benchmark.py scenes`):",
         measured(name),
         "## Run it",
         "```bash\n" + "\n".join(train) + "\n```",
