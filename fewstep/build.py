@@ -576,7 +576,7 @@ def exportable(config: Config, teacher: Teacher) -> Any | None:
     model = config.model
     try:
         return schedulers.student_scheduler(
-            teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift
+            teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift, teacher.codec is not None
         )
     except UserError:
         return None

@@ -71,7 +71,8 @@ def _scheduler(run: Run) -> Any:
     if run.scheduler is not None:
         return run.scheduler
     model, teacher = run.config.model, run.teacher
-    return schedulers.student_scheduler(teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift)
+    given = (teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift)
+    return schedulers.student_scheduler(*given, teacher.codec is not None)
 
 
 def _refuse_foreign(folder: Path) -> None:

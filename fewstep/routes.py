@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ class Prompted:
     def walk(self, pipeline: Any, steps: int) -> Tensor:
         """What the pipeline makes of an empty prompt and the noise of seed 0: latents (1, *S)."""
         height, width = self.size
+        generator = torch.Generator().manual_seed(0)
+        if type(pipeline.scheduler).__name__ == "FlowMatchLCMScheduler":
+            # Pipelines of flows let the scheduler draw its noise from the global generator.
+            pipeline.scheduler.step = partial(pipeline.scheduler.step, generator=generator)
         return pipeline(
             prompt="",
             height=height,
@@ -78,7 +83,7 @@ class Prompted:
             **({} if self.frames is None else {"num_frames": self.frames}),
             num_inference_steps=steps,
             guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(0),
+            generator=generator,
             output_type="latent",
             return_dict=False,
             **self.tokens,

@@ -170,12 +170,13 @@ def _of_pipeline(folder: Path, steps: int | None, guidance: float) -> Sampler:
     if steps is None:
         steps = int(known.get("original_inference_steps") or header.get("num_inference_steps") or MANY_STEPS)
     _allowed(steps, scheduler)
-    step: TransitionName = "renoise" if type(scheduler).__name__ == "LCMScheduler" else "ode"
+    step: TransitionName = "renoise" if type(scheduler).__name__.endswith("LCMScheduler") else "ode"
     shift = schedulers.time_shift(scheduler)
-    walk = schedulers.steps_of(schedulers.student_scheduler(scheduler, kind, step, steps, shift), steps)
+    prompted = found.index.get("_class_name") in CODECS
+    walk = schedulers.steps_of(schedulers.student_scheduler(scheduler, kind, step, steps, shift, prompted), steps)
     names = tuple(str(name) for name in (header.get("id2label") or {}).values())
     device = build.pick_device("auto")
-    codec = open_codec(str(folder)).to(device) if found.index.get("_class_name") in CODECS else None
+    codec = open_codec(str(folder)).to(device) if prompted else None
     if codec is not None and header.get("max_sequence_length"):
         codec.give_tokens(int(header["max_sequence_length"]))
     unconditional = codec.unconditional() if codec is not None else None

@@ -86,15 +86,30 @@ def vp_scheduler(kind: Kind, betas: Mapping[str, Any]) -> Any:
     )
 
 
-def student_scheduler(teacher: Any, kind: Kind, transition: str, steps: int, flow_shift: float = 1.0) -> Any:
+def renoising_flow_scheduler(steps: int, flow_shift: float = 1.0) -> Any:
+    """Fresh noise at every step of a flow model, for pipelines that read prompts.
+
+    Its `steps` times end at that of an even ladder, 1 / steps before the shift; left alone the last one would be
+    1 / 1000 and its pass wasted.
+    """
+    last = float(shift(torch.tensor(1 / steps, dtype=torch.float64), flow_shift))
+    return diffusers.FlowMatchLCMScheduler(shift=flow_shift, shift_terminal=last)
+
+
+def student_scheduler(
+    teacher: Any, kind: Kind, transition: str, steps: int, flow_shift: float = 1.0, prompted: bool = False
+) -> Any:
     """The scheduler to save beside a student: `steps` passes, `transition` ode or renoise.
 
-    `teacher` is the scheduler the process came from. Raises UserError where stock diffusers has no route.
+    `teacher` is the scheduler the process came from; `prompted` says that the pipeline reads prompts. Raises UserError
+    where stock diffusers has no route.
     """
     if kind == "flow_prediction":
+        if steps > 1 and transition == "renoise" and prompted:
+            return renoising_flow_scheduler(steps, flow_shift)
         if steps > 1 and transition != "ode":
             raise UserError(
-                f"no stock diffusers scheduler does the transition '{transition}' on a class-conditional flow model: "
+                f"no stock diffusers scheduler does the transition '{transition}' on this flow model: "
                 f"train {steps} steps with model.transition=ode to export, or sample with fewstep"
             )
         return flow_scheduler(flow_shift)

@@ -107,10 +107,30 @@ def test_a_flow_student_walks_the_sigmas_and_truncated_timesteps_of_diffusers(sh
 
 @pytest.mark.parametrize("route", ["renoise", "cps", "gamma"])
 def test_flow_students_that_renoise_are_refused(route: str) -> None:
-    with pytest.raises(UserError, match=f"transition '{route}' on a class-conditional flow model: train 2"):
+    with pytest.raises(UserError, match=f"transition '{route}' on this flow model: train 2"):
         schedulers.student_scheduler(schedulers.flow_scheduler(), "flow_prediction", route, 2)
     one = schedulers.student_scheduler(schedulers.flow_scheduler(), "flow_prediction", route, 1)
     assert one.config.use_flow_sigmas is True
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_flow_students_that_read_prompts_renoise(steps: int, shift: float) -> None:
+    """Times from 1 down to the last of an even ladder; the walk is ours, noise and all."""
+    scheduler = schedulers.student_scheduler(
+        schedulers.flow_scheduler(), "flow_prediction", "renoise", steps, shift, prompted=True
+    )
+    walk = schedulers.steps_of(scheduler, steps)
+    last = shift / steps / (1 + (shift - 1) / steps)
+    assert walk[0].level == 1 and walk[-1].level == pytest.approx(last, abs=1e-6) and len(walk) == steps
+    assert schedulers.read(scheduler)[1] == "flow_prediction" and schedulers.time_shift(scheduler) == shift
+    x, generator = torch.randn(2, *SHAPE), torch.Generator().manual_seed(5)
+    mine, fresh = x, torch.Generator().manual_seed(5)
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(torch.sin(x), t, x, generator=generator, return_dict=False)[0]
+        after = walk[i + 1].level if i + 1 < steps else 0.0
+        mine = (1 - after) * (mine - walk[i].level * torch.sin(mine)) + after * torch.randn(2, *SHAPE, generator=fresh)
+    assert torch.allclose(x, mine, atol=1e-5)
 
 
 @pytest.mark.parametrize("route", ["cps", "gamma"])
