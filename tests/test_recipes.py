@@ -21,6 +21,7 @@ from fewstep import build, cli, config, export, routes, runner
 from fewstep.models import precision, tiny
 from fewstep.models.codec import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.rollout import Rollout
 from fewstep.train import checkpoint
 
 RECIPES = {path.stem: path for path in sorted(Path("configs/recipes").glob("*.yaml"))}
@@ -31,6 +32,11 @@ LAYERS += ["conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_em
 DMD2_LORA = {"rank": 64, "alpha": 8.0, "targets": LAYERS}  # rank and alpha are the defaults of main/train_sd.py
 LCM_LORA = {"rank": 64, "alpha": 64.0, "targets": LAYERS}
 RTDMD_PLAYER = {"lr": 3e-5, "betas": [0.9, 0.999], "weight_decay": 0.0, "clip": 1.0}
+PCM: dict[str, Any] = {"batch": 20, "model": {"guidance": 1 + (4 + 5) / 2, "steps": 4}}
+PCM |= {"objective": {"grid": {"count": 50}, "judge": {"weight": 0.1}, "target": "self", "distance": "huber"}}
+PCM |= {
+    "players": {"generator": {"lr": 5e-6, "weight_decay": 1e-3, "lora": {"rank": 64}}, "discriminator": {"lr": 1e-5}}
+}
 
 # What the sources that the headers name say, stage by stage.
 PUBLISHED: dict[str, list[dict[str, Any]]] = {
@@ -62,13 +68,30 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
     ],
     # diffusers, examples/consistency_distillation: README_sdxl.md and the script's defaults
     "sdxl_lcm_lora": [
-        {"steps": 1_000, "batch": 12, "model": {"guidance": 1 + (3 + 15) / 2}, "data": {"resolution": 1024}}
-        | {"objective": {"grid": {"count": 50}, "solver": "euler", "target": "self", "distance": "huber"}}
+        {"steps": 1_000, "batch": 12, "data": {"resolution": 1024}}
+        | {"objective": {"grid": {"count": 50}, "target": "self", "guidance_low": 1 + 3.0, "guidance_high": 1 + 15.0}}
         | {"players": {"generator": {"lr": 1e-4, "weight_decay": 0.0, "clip": 1.0, "lora": LCM_LORA}}}
     ],
     "sd15_lcm_lora": [
-        {"steps": 1_000, "batch": 12, "model": {"guidance": 1 + (5 + 15) / 2}, "data": {"resolution": 512}}
+        {"steps": 1_000, "batch": 12, "data": {"resolution": 512}}
+        | {"objective": {"embed": False, "guidance_low": 1 + 5.0, "guidance_high": 1 + 15.0}}
         | {"players": {"generator": {"lr": 1e-4, "weight_decay": 0.0, "clip": 1.0, "lora": LCM_LORA}}}
+    ],
+    # the same, train_lcm_distill_sd_wds.py
+    "sd15_lcm": [
+        {"steps": 1_000, "batch": 12, "data": {"resolution": 512}}
+        | {"objective": {"embed": True, "target_decay": 0.95, "guidance_low": 1 + 5.0, "guidance_high": 1 + 15.0}}
+        | {"players": {"generator": {"lr": 1e-6, "weight_decay": 0.0, "clip": 1.0, "lora": None}}}
+    ],
+    # G-U-N/Phased-Consistency-Model, the script for Stable Diffusion 1.5
+    "sd15_pcm": [PCM | {"data": {"resolution": 512}}],
+    "sdxl_pcm": [PCM | {"data": {"resolution": 1024}}],
+    # arXiv:2402.19159
+    "sdxl_tcd": [{"model": {"steps": 4}, "players": {"generator": {"lora": {"rank": 64}}}}],
+    # arXiv:2404.13686
+    "sdxl_hyper_sd": [
+        *({"model": {"steps": 1}, "objective": {"name": "tscd", "segments": k}} for k in (8, 4, 2, 1)),
+        {"objective": {"name": "dmd2"}},
     ],
     # arXiv:2502.15681, the table of hyper-parameters
     "sd15_f_distill": [
@@ -214,7 +237,8 @@ def test_a_recipe_trains_samples_and_reloads_in_plain_diffusers(recipe: str, tmp
     told = codec_of(pipeline).encode_prompts(["a disc"], size=(16, 16))
     again = export.SameNoise(3, 1)
     with torch.no_grad():
-        ours = run.rollout(in_float32(run), again.normal("", run.shape), told, again).x0  # type: ignore[arg-type]
+        walk = Rollout(run.rollout.steps, run.rollout.step)  # dials are folded into the weights
+        ours = walk(in_float32(run), again.normal("", run.shape), told, again).x0  # type: ignore[arg-type]
     assert (theirs - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
 
 
