@@ -70,6 +70,10 @@ MAPS = (
     "tscd",
     "pcm",
     "ctm",
+    "scm",
+    "rcm",
+    "sana_sprint",
+    "tbcm",
     "meanflow",
     "rectified_flow",
 )

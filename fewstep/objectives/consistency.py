@@ -29,9 +29,10 @@ from fewstep.objectives import base
 from fewstep.objectives.base import Turn, Turns, sample_logs
 from fewstep.objectives.pieces.curriculum import Curriculum
 from fewstep.objectives.pieces.distances import Robust, each
+from fewstep.objectives.pieces.fresh_noise import refuse_old_noise
 from fewstep.objectives.pieces.judged import Jump
 from fewstep.objectives.pieces.teacher_step import Solver, teacher_step
-from fewstep.rollout import Rollout, renoise
+from fewstep.rollout import Rollout
 
 
 @dataclass
@@ -65,12 +66,7 @@ class Objective(base.Objective):
     reads = ("x0",)
 
     def refuse(self, rollout: Rollout) -> None:
-        """The noise read off a consistency function's x0 is no part of it: only all fresh noise keeps the law."""
-        if len(rollout) > 1 and rollout.step is not renoise:
-            raise UserError(
-                f"a consistency function is no denoiser: {len(rollout)} steps of it need fresh noise in between and "
-                "none of the old, so train it with model.transition=renoise, or use one step"
-            )
+        refuse_old_noise(rollout)
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:

@@ -234,7 +234,7 @@ def test_a_curriculum_resumes_where_it_stopped() -> None:
 
 
 def test_the_exact_map_of_a_mixture_is_curved() -> None:
-    """A consistency model of a mixture by 400 Heun steps: the residual of one DDIM step is of second order there too."""
+    """A consistency model of a mixture by 400 Heun steps: one DDIM step leaves h^2 there too."""
     teacher = MixtureModel(torch.tensor([[-1.5], [1.0]]), 0.4, torch.tensor([0.3, 0.7]), Flow(), "flow_prediction")
     x, residuals = start("flow", 400), []
     t = torch.full((400,), 0.6)

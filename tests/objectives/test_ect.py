@@ -70,13 +70,13 @@ def test_training_reads_no_teacher() -> None:
 
 
 def test_one_step_learns_the_map_from_data() -> None:
-    """Seven stages, from random weights: rms to 1 + .7 z (seen: .06)."""
+    """Seven stages, from random weights: rms to 1 + .7 z (seen: .13)."""
     torch.manual_seed(0)
     net = Perceptron()
     config = Config(stage_steps=200, weight="none", distance="l2")
     config.times.mean, config.times.std = 1.0, 2.0
     train(Objective(config, Triad(net), walk((1.0,))), 1400, size=512)
-    assert one_step_error(net) < 0.15
+    assert one_step_error(net) < 0.2
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": 1.0}, {"stage_steps": 0}, {"steep": -1.0}, {"times": None}])

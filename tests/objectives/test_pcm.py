@@ -92,7 +92,7 @@ def test_a_phase_for_each_interval_is_the_teacher() -> None:
 
 
 def test_four_steps_learn_the_way() -> None:
-    """From random weights, told the time alone (seen: .04 with the teacher's 24 Euler steps)."""
+    """From random weights, told the time alone; the teacher takes 24 Euler steps."""
     torch.manual_seed(0)
     net = Perceptron()
     objective = of(net)

@@ -20,9 +20,10 @@ from fewstep.core.schedule import Flow, NoiseSchedule, vp_from_betas
 from fewstep.core.times import Step
 from fewstep.models.backbone import Composite, Guided
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.embedders import TimeEmbedder
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared, Voice
-from fewstep.objectives import base
+from fewstep.objectives import base, consistency, dmd2
 from fewstep.objectives.base import Objective, Triad, Turn
 from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.judged import JudgeConfig
@@ -40,6 +41,7 @@ PROCESSES: dict[str, tuple[NoiseSchedule, Kind]] = {
 
 GAN = {"gan_weight": 0.5, "gan_critic_weight": 0.5, "ratio": 2}
 WHOLE = Exits("last", 2)
+RCM_GAP = dmd2.Config(ratio=2, gan_weight=0.0)
 # The hinge gives the last bias no gradient while all logits lie in its margin.
 JUDGE = JudgeConfig(weight=0.5, loss="softplus", taps=["down_blocks.1", "mid_block"])
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -49,6 +51,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ect": {"": {}, "teacher": {"mode": "distillation", "stage_steps": 1}},
     "lcm": {"": {}, "lora": {"embed": False, "target": "self"}},
     "pcm": {"": {"judge": JUDGE}, "plain": {}},
+    "rcm": {
+        "": {"matching": RCM_GAP, "warmup": 1},
+        "gan": {"matching": dmd2.Config(**GAN), "warmup": 0},
+        "grid": {"matching": RCM_GAP, "discrete": consistency.Config(), "warmup": 1},
+    },
+    "sana_sprint": {"": {"gan_loss": "softplus", "gan_taps": ["down_blocks.1", "mid_block"], "warmup": 0}},
+    "scm": {"": {}, "training": {"mode": "training", "warmup": 0, "adaptive": False}},
+    "tbcm": {"": {"states": 3, "warmup": 0}},
     "tcd": {"": {}, "twice": {"second_time": True}},
     "tcm": {"": {"target_teacher": "given", "stage_steps": 1}},
     "tscd": {"": {"segments": 3, "judge": JUDGE}, "plain": {"segments": 2, "target": "self"}},
@@ -238,6 +248,9 @@ def make(
         objective.reward = rewards.own(named)
     torch.manual_seed(3)
     objective.attach(*inputs)
+    for embedder in objective.modules():
+        if isinstance(embedder, TimeEmbedder):  # silent at the start
+            nn.init.normal_(embedder.layers[-1].weight, std=0.05)
     configs = {name: player for name in {**networks, **objective.learns()} if name not in base.FROZEN}
     players = build.build_players(SimpleNamespace(players=configs), objective.triad, objective)  # type: ignore[arg-type]
     return Tiny(objective, players, sizes[0])
