@@ -321,8 +321,11 @@ def _networks(
 ) -> dict[str, list[DiffusersBackbone]]:
     """Role -> its networks: copies of the teacher, or voices of the one teacher that stays frozen below them."""
 
+    earlier = (getattr(config.objective, "target_teacher", None) or "").startswith("previous.")
+    like_student = ("generator", "target_score") if earlier else ("generator",)
+
     def copied(role: str) -> DiffusersBackbone:
-        if role == "generator" and config.model.student is not None:
+        if role in like_student and config.model.student is not None:
             net = _student(config, teacher)
         else:
             net = (shaped.copy_of if role in idle else copy.deepcopy)(teacher.net)

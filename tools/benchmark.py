@@ -76,6 +76,12 @@ MAPS = (
     "tbcm",
     "meanflow",
     "rectified_flow",
+    "instaflow",
+    "rf_plus_plus",
+    "slimflow",
+    "perflow",
+    "progressive",
+    "arcflow",
 )
 """Methods that learn the teacher's trajectory; those of several steps are also measured at 1, 2 and 8."""
 BOARDS = {"scenes": tuple(f"configs/scenes/{name}.yaml" for name in (*METHODS, *MAPS))}

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from fewstep.core.batch import Batch, Pair
+from fewstep.core.errors import UserError
 from fewstep.core.schedule import Flow, add_noise
 from fewstep.core.times import Times
 from fewstep.models.backbone import Backbone, Remapped
 from fewstep.objectives import base
 from fewstep.objectives.base import Turn, Turns, sample_logs
-from fewstep.objectives.pieces.distances import Distance, distance
+from fewstep.objectives.pieces.distances import Seen, distance, perceived
 from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.paired import refuse_fresh_noise
 
@@ -34,12 +35,21 @@ class Config:
     """reflow: straighten at all times; distill: regress the pairs at the student's own steps"""
     times: Times = field(default_factory=Times)
     """flow times of the reflow"""
-    distance: Distance = "l2"
-    """of the distillation: l2 | l1 | huber"""
+    distance: Seen = "l2"
+    """of the distillation: l2 | l1 | huber | reader (features of the built-in reader) | lpips (InstaFlow's)"""
+    lpips: str | None = None
+    """file with the weights of LPIPS, for distance=lpips: VGG16's features and the linear layers"""
     states: Literal["line", "teacher", "own"] = "line"
     """distill: inputs on the lines of the pairs, on the teacher's trajectories, or where the student itself walks to"""
     exits: Exits = field(default_factory=Exits)
     """of own states: the step that is compared"""
+
+    def __post_init__(self) -> None:
+        if (self.distance == "lpips") != (self.lpips is not None):
+            raise UserError(
+                "objective.distance=lpips goes with objective.lpips, the file of its weights: give both, or neither "
+                "and take reader, which is built in"
+            )
 
 
 class Objective(base.Objective):
@@ -52,6 +62,8 @@ class Objective(base.Objective):
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
         self.reads = ("pair", "path") if config.phase == "distill" and config.states == "teacher" else ("pair",)
+        if config.phase == "distill" and config.distance in ("reader", "lpips"):
+            self.perception = config.distance
         if config.states == "own":
             refuse_fresh_noise(rollout, "objective.states=own", "objective.states=line")
 
@@ -70,6 +82,8 @@ class Objective(base.Objective):
 
     def distill(self, batch: Batch, pair: Pair) -> tuple[Tensor, Tensor]:
         x0 = self.walked(batch, pair) if self.config.states == "own" else self.at_a_step(batch, pair)
+        if self.perceive is not None:
+            return perceived(x0, pair.x0, self.perceive), x0
         return distance(x0, pair.x0, self.config.distance), x0
 
     def walked(self, batch: Batch, pair: Pair) -> Tensor:

@@ -22,6 +22,7 @@ from fewstep.models.backbone import Composite, Guided
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.embedders import TimeEmbedder
 from fewstep.models.lora import LoraSpec
+from fewstep.models.policy import PolicyNet
 from fewstep.models.voices import Shared, Voice
 from fewstep.objectives import base, consistency, dmd2
 from fewstep.objectives.base import Objective, Triad, Turn
@@ -59,6 +60,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sana_sprint": {"": {"gan_loss": "softplus", "gan_taps": ["down_blocks.1", "mid_block"], "warmup": 0}},
     "scm": {"": {}, "training": {"mode": "training", "warmup": 0, "adaptive": False}},
     "tbcm": {"": {"states": 3, "warmup": 0}},
+    "arcflow": {"": {"modes": 3, "hidden": 4, "mixing": 2}},
+    "agd": {"": {"route": 2}},
+    "progressive": {"": {}, "later": {"target_teacher": "given"}},
+    "perflow": {"": {"solver_steps": 2}},
+    "rf_plus_plus": {"": {"perceptual": 0.0}},
+    "slimflow": {"": {"anneal": 2}, "distill": {"phase": "distill", "target_teacher": "given"}},
     "tcd": {"": {}, "twice": {"second_time": True}},
     "tcm": {"": {"target_teacher": "given", "stage_steps": 1}},
     "tscd": {"": {"segments": 3, "judge": JUDGE}, "plain": {"segments": 2, "target": "self"}},
@@ -116,10 +123,14 @@ TRANSITIONS = {
     "paired": ode,
     "sum": ode,
     "tdm": ode,
+    "arcflow": ode,
+    "progressive": ode,
+    "progressive-later": ode,
+    "perflow": ode,
 }
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
-ONLY = {"tmd": ["flow"], "twinflow": ["flow"]}
+ONLY = {"arcflow": ["flow"], "tmd": ["flow"], "twinflow": ["flow"]}
 """Objectives that are for some processes alone."""
 
 WHOLE_GRAPH = ("tmd",)
@@ -230,6 +241,8 @@ def make(
     inputs = torch.zeros(2, *sizes[0]), Condition({"class_labels": torch.zeros(2, dtype=torch.int64)})
     bare = networks["generator"]
     networks["generator"] = module.Objective.wrapped(config, bare, *inputs)
+    if isinstance(networks["generator"], PolicyNet):
+        nn.init.normal_(networks["generator"].layers[-1].weight, std=0.05)
     for embedder in bare.dials.values():
         nn.init.normal_(embedder.layers[-1].weight, std=0.05)
     if "target_score" in roles:

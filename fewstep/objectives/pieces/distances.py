@@ -38,6 +38,12 @@ def each(a: Tensor, b: Tensor, kind: Robust, c: float = 1e-3) -> Tensor:
     return (difference.square().sum(1) + c * c).sqrt() - c
 
 
+def perceived_each(a: Tensor, b: Tensor, features: Features) -> Tensor:
+    """The same as `perceived` for each sample, (B,)."""
+    pairs = zip(features(a), features(b.detach()), strict=True)
+    return sum(((one - other).square().sum(1).reshape(len(a), -1).mean(1) for one, other in pairs), a.new_zeros(len(a)))
+
+
 def perceived(a: Tensor, b: Tensor, features: Features) -> Tensor:
     """Sum over feature maps of |f(a) - f(b)|^2: over channels a sum, over places and samples the mean."""
     pairs = zip(features(a), features(b.detach()), strict=True)
