@@ -41,6 +41,10 @@ GAN = {"gan_weight": 0.5, "gan_critic_weight": 0.5, "ratio": 2}
 WHOLE = Exits("last", 2)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ac_dmd": {"": {"ratio": 2}},
+    "align_your_flow": {
+        "": {"warmup": 2},
+        "told": {"form": "lagrangian", "guidance": [1.0, 3.0]},
+    },
     "consistency": {"": {}, "heun-self": {"solver": "heun", "target": "self"}, "training": {"mode": "training"}},
     "dmd": {"": {}, "free": {"regression": 0.0, "ratio": 2}, "whole": {"exits": WHOLE}},
     "disback": {"": {**GAN, "ratio": 1, "snapshots": 1, "record": 1, "interval": 2}},
@@ -85,7 +89,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-TRANSITIONS = {"dmd": ode, "dmd2-whole": ode, "meanflow": ode, "paired": ode, "sum": ode, "tdm": ode}
+TRANSITIONS = {
+    "align_your_flow": ode,
+    "dmd": ode,
+    "dmd2-whole": ode,
+    "meanflow": ode,
+    "paired": ode,
+    "sum": ode,
+    "tdm": ode,
+}
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
 ONLY = {"tmd": ["flow"], "twinflow": ["flow"]}
