@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"phase": "distill"},
         "paths": {"phase": "distill", "states": "teacher"},
     },
+    "shortcut": {"": {"bootstrap": 0.5}, "training": {"mode": "training", "bootstrap": 0.5}},
     "sid": {"": {}, "plain": {"alpha": 0.5, "weight": "none", "ratio": 2}},
     "sida": {"": {"gan_weight": 0.5, "gan_critic_weight": 0.5}},
     "snoopi": {"": {"label_dropout": 0.5}},
@@ -89,15 +90,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-TRANSITIONS = {
-    "align_your_flow": ode,
-    "dmd": ode,
-    "dmd2-whole": ode,
-    "meanflow": ode,
-    "paired": ode,
-    "sum": ode,
-    "tdm": ode,
-}
+OF_THE_FLOW = ["align_your_flow", "dmd", "dmd2-whole", "meanflow", "paired", "shortcut", "sum", "tdm"]
+TRANSITIONS = dict.fromkeys(OF_THE_FLOW, ode)
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
 ONLY = {"tmd": ["flow"], "twinflow": ["flow"]}
