@@ -96,12 +96,13 @@ class Objective(base.Objective):
         t, s = self.rungs.to(x0.device)[start], self.rungs.to(x0.device)[start - size]
         eps = batch.draw.normal("shortcut.eps", x0.shape[1:])
         x_t = add_noise(net.schedule, x0, eps, t)
-        prediction = net(x_t, t, batch.cond, to=s)
-        target = self.matched(prediction, x0, eps, batch.cond)
+        read = Prediction(x_t, net.kind, x_t, t, net.schedule)
+        target = self.matched(read, x0, eps, batch.cond)
         # One row at least: every process of a sharded run asks its networks equally often.
         rows = halved.long().argsort(descending=True)[: max(1, int(halved.sum()))]
-        two = self.bootstrapped(prediction, self.rungs.to(x0.device)[start - size // 2], s, batch.cond, rows)
+        two = self.bootstrapped(read, self.rungs.to(x0.device)[start - size // 2], s, batch.cond, rows)
         target = target.index_copy(0, rows, torch.where(expand(halved[rows], two), two, target[rows]))
+        prediction = net(x_t, t, batch.cond, to=s)
         residual = (prediction.value.float() - target).square().flatten(1).mean(1)
         logs = {"residual/matched": residual[~halved].detach().sum() / (~halved).sum().clamp(min=1)}
         logs["residual/bootstrap"] = residual[halved].detach().sum() / halved.sum().clamp(min=1)
@@ -117,19 +118,19 @@ class Objective(base.Objective):
         return halved, start, size
 
     @torch.no_grad()
-    def matched(self, prediction: Prediction, x0: Tensor, eps: Tensor, cond: Condition) -> Tensor:
-        """What the network would say of the flow at x_t itself."""
+    def matched(self, read: Prediction, x0: Tensor, eps: Tensor, cond: Condition) -> Tensor:
+        """What the network would say at `read` of the flow at x_t itself."""
         if self.config.mode == "training":
-            return prediction.target(x0, eps)
-        said = self.triad.real_score(prediction.x_t, prediction.t, cond)
-        return prediction.target(said.x0, said.eps)
+            return read.target(x0, eps)
+        said = self.triad.real_score(read.x_t, read.t, cond)
+        return read.target(said.x0, said.eps)
 
     @torch.no_grad()
-    def bootstrapped(self, prediction: Prediction, m: Tensor, s: Tensor, cond: Condition, rows: Tensor) -> Tensor:
+    def bootstrapped(self, read: Prediction, m: Tensor, s: Tensor, cond: Condition, rows: Tensor) -> Tensor:
         """What it would say of two half steps, in these rows (N,) alone."""
         net: Backbone = self.targets["target"]
-        t, m, s, cond, limit = prediction.t[rows], m[rows], s[rows], cond[rows], self.config.clamp
-        first = net(prediction.x_t[rows], t, cond, to=m)
+        t, m, s, cond, limit = read.t[rows], m[rows], s[rows], cond[rows], self.config.clamp
+        first = net(read.x_t[rows], t, cond, to=m)
         x_m = first.to(m).clamp(-limit, limit)
         x_s = net(x_m, m, cond, to=s).to(s)
         return first.jump_target(x_s, s).clamp(-limit, limit)

@@ -68,7 +68,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"phase": "distill"},
         "paths": {"phase": "distill", "states": "teacher"},
     },
-    "shortcut": {"": {"bootstrap": 0.5}, "training": {"mode": "training", "bootstrap": 0.5}},
+    "shortcut": {"": {"bootstrap": 0.5}, "training": {"mode": "training", "bootstrap": 1.0}},
     "sid": {"": {}, "plain": {"alpha": 0.5, "weight": "none", "ratio": 2}},
     "sida": {"": {"gan_weight": 0.5, "gan_critic_weight": 0.5}},
     "snoopi": {"": {"label_dropout": 0.5}},
