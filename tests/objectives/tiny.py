@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "": GAN,
         "covering": {**GAN, "divergence": "forward_kl", "bin_decay": 0.5},
     },
+    "freeflow": {"": {}, "predict": {"correct": 0.0}},
     "msd": {"": {**GAN, "parts": 2, "labels": LABELS}},
     "phased_dmd": {"": {"ratio": 2}},
     "reward": {"": {"reward": "tiny:brightness"}},
@@ -90,12 +91,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-OF_THE_FLOW = ["align_your_flow", "dmd", "dmd2-whole", "meanflow", "paired", "shortcut", "sum", "tdm"]
+OF_THE_FLOW = ["align_your_flow", "dmd", "dmd2-whole", "freeflow", "meanflow", "paired", "shortcut", "sum", "tdm"]
 TRANSITIONS = dict.fromkeys(OF_THE_FLOW, ode)
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
 ONLY = {"tmd": ["flow"], "twinflow": ["flow"]}
 """Objectives that are for some processes alone."""
+
+ONE_STEP = ("boot", "freeflow")
+"""Objectives of students that have no further step; the others are tried with two."""
 
 WHOLE_GRAPH = ("tmd",)
 """Objectives that refuse gradient checkpointing of the generator."""
@@ -217,7 +221,8 @@ def make(
             networks["fake_score"].add_dial(dial)
             nn.init.normal_(networks["fake_score"].dials[dial].layers[-1].weight, std=0.05)
     transition = TRANSITIONS.get(told) or TRANSITIONS.get(name, renoise)
-    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition, two_times, 2 if counts else None, tells)
+    steps = [Step(1.0, 1.0), Step(0.5, 0.5)][: 1 if name in ONE_STEP else 2]
+    rollout = Rollout(steps, transition, two_times, len(steps) if counts else None, tells)
     objective = module.Objective(config, Triad(**networks), rollout)
     if named := getattr(config, "reward", None):
         objective.reward = rewards.own(named)
