@@ -91,7 +91,18 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-OF_THE_FLOW = ["align_your_flow", "dmd", "dmd2-whole", "freeflow", "meanflow", "paired", "shortcut", "sum", "tdm"]
+OF_THE_FLOW = [
+    "align_your_flow",
+    "boot",
+    "dmd",
+    "dmd2-whole",
+    "freeflow",
+    "meanflow",
+    "paired",
+    "shortcut",
+    "sum",
+    "tdm",
+]
 TRANSITIONS = dict.fromkeys(OF_THE_FLOW, ode)
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
