@@ -16,12 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
-from fewstep.core.schedule import Flow, remap
+from fewstep.core.schedule import Flow
 from fewstep.core.times import Times
 from fewstep.models.tangent import Tangent
 from fewstep.objectives.base import Logs
@@ -87,17 +86,10 @@ class Objective(FlowMap):
 
     def predicted(self, batch: Batch) -> Tensor:
         """The mean square of the first term."""
-        z, t = self.start(batch)
+        z, t = self.noisiest(batch.noise)
         s = t * self.config.ends(batch.draw.uniform("freeflow.s"), Flow()).to(t.device)
         target = self.at_end(self.triad.real_score, z, t, s, batch.cond) + self.by_end(z, t, s, batch.cond)
         return (self.flow(z, t, batch.cond, to=s).velocity - target).square().mean()
-
-    def start(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Pure noise (B, *S) and its time (B,) as a flow's: 1, or as far as the generator's process reaches."""
-        schedule = self.triad.generator.schedule
-        z = batch.noise * schedule.prior_std
-        t, scale = remap(schedule, Flow(), z.new_ones(len(z), dtype=torch.float32), z)
-        return scale * z, t
 
     def critic_loss(self, batch: Batch, sample: Sample, step: int) -> tuple[Tensor, Logs]:
         return critic_loss(

@@ -77,7 +77,7 @@ def test_the_teachers_steps_down_the_ladder_are_its_zero(schedule: NoiseSchedule
 
 @pytest.mark.parametrize("schedule, kind", PROCESSES, ids=NAMES)
 def test_the_signal_of_the_flow_obeys_the_equation(schedule: NoiseSchedule, kind: Kind) -> None:
-    """One step from the exact signal misses it by the square of its length: rms slope in 1 / count. Seen: 1.93, 1.94."""
+    """One step from the exact signal misses it by the square of its length: slope 2. Seen: 1.93, 1.94."""
     teacher, given, missed = GaussianModel(*LAW, schedule, kind), batch(), []
     net, noisiest = Signal(teacher), torch.ones(512)
     z, eps = given.noise, teacher(given.noise, noisiest, Condition()).eps
@@ -124,7 +124,7 @@ def test_nothing_reads_data() -> None:
 
 
 def test_it_learns_the_end_of_the_path() -> None:
-    """From random weights toward N(1, .7^2) on a ladder of 16, whose 16 DDIM steps end at deviation .656. Seen: .037."""
+    """From random weights on a ladder of 16, whose DDIM steps end at a deviation of .656. Seen: .037."""
     torch.manual_seed(0)
     net, teacher = Perceptron(), GaussianModel(*LAW, Flow(), "flow_prediction")
     train(objective_of(net, teacher, grid=Grid(16)), 1500, 3e-3)

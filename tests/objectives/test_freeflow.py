@@ -52,7 +52,7 @@ def test_what_is_learnt_from_noise_is_what_is_sampled(schedule: NoiseSchedule, k
     """f(z, 0) in the flow's coordinates is the clean sample of the rollout."""
     net = Jump(GaussianModel(*LAW, schedule, kind))
     objective, given = objective_of(net, net.of), batch(64)
-    z, t = objective.start(given)
+    z, t = objective.noisiest(given.noise)
     clean = torch.zeros_like(t)
     f = z - expand(t, z) * objective.flow(z, t, Condition(), to=clean).velocity
     sampled = ONE(net, given.noise, Condition(), given.draw).x0

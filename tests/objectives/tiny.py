@@ -97,6 +97,7 @@ OF_THE_FLOW = [
     "dmd",
     "dmd2-whole",
     "freeflow",
+    "imm",
     "meanflow",
     "paired",
     "shortcut",
@@ -245,10 +246,11 @@ def make(
 
 
 def batch(tiny: Tiny, step: int, ids: Tensor) -> Batch:
-    """Only what the objective says it reads is there; the samples of a group share their condition and data."""
+    """Only what the objective says it reads is there; the samples of a group that is alike share condition and data."""
     draw, shape, reads = Draw(5, step, ids), tiny.shape, tiny.objective.reads
-    first = ids - ids % tiny.objective.group
-    cond = Condition({"class_labels": first // tiny.objective.group % LABELS})
+    group = tiny.objective.group if tiny.objective.alike else 1
+    first = ids - ids % group
+    cond = Condition({"class_labels": first // group % LABELS})
     images = 0.5 * Draw(5, step, first).normal("images", shape)
     path = draw.normal("path", (1, *shape)) if "path" in reads else None
     stored = Pair(draw.normal("stored", shape), 0.5 * draw.normal("made", shape), cond, path)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
-from fewstep.core.schedule import add_noise, expand
+from fewstep.core.schedule import Flow, add_noise, expand, remap
 from fewstep.models.backbone import Backbone
 from fewstep.models.tangent import Direction, Way, along, choose
 from fewstep.objectives import base
@@ -23,13 +23,7 @@ from fewstep.objectives.pieces.flow import as_flow
 from fewstep.rollout import Rollout, jumps
 
 
-class FlowMap(base.Objective):
-    """Its Config has `tangent`; `interval` also needs `times` and `equal`."""
-
-    stream: ClassVar[str] = "flow_map"
-    """what its draws are called"""
-    way: Way
-
+class TwoTimes(base.Objective):
     @classmethod
     def two_times(cls, config: Any) -> bool:
         return True
@@ -41,12 +35,27 @@ class FlowMap(base.Objective):
                 "which adds noise where the network has landed"
             )
 
-    def attach(self, x: Tensor, cond: Condition) -> None:
-        self.way, _ = choose(self.flow, x, cond, self.config.tangent, to=True) if not x.is_meta else ("exact", "")
-
     @property
     def flow(self) -> Backbone:
         return as_flow(self.triad.generator)
+
+    def noisiest(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Pure noise (B, *S) and its time (B,) as a flow's: 1, or as far as the generator's process reaches."""
+        schedule = self.triad.generator.schedule
+        z = noise * schedule.prior_std
+        t, scale = remap(schedule, Flow(), z.new_ones(len(z), dtype=torch.float32), z)
+        return scale * z, t
+
+
+class FlowMap(TwoTimes):
+    """Learns from a derivative: its Config has `tangent`; `interval` also needs `times` and `equal`."""
+
+    stream: ClassVar[str] = "flow_map"
+    """what its draws are called"""
+    way: Way
+
+    def attach(self, x: Tensor, cond: Condition) -> None:
+        self.way, _ = choose(self.flow, x, cond, self.config.tangent, to=True) if not x.is_meta else ("exact", "")
 
     def interval(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """t and s <= t, each (B,), of the flow; s = t in a share `equal` of the rows."""
