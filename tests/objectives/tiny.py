@@ -61,6 +61,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "covering": {**GAN, "divergence": "forward_kl", "bin_decay": 0.5},
     },
     "freeflow": {"": {}, "predict": {"correct": 0.0}},
+    "mdt_dist": {"": {}, "own": {"matching": 0.0}, "moved": {"distillation": 0.0, "normalise": True}},
     "msd": {"": {**GAN, "parts": 2, "labels": LABELS}},
     "phased_dmd": {"": {"ratio": 2}},
     "reward": {"": {"reward": "tiny:brightness"}},
