@@ -85,6 +85,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
     "tmd": {"": {**GAN}, "flow": {"stage": "flow"}},
     "tdm": {"": {}, "bridge": {"critic_target": "bridge", "huber": 0.0, "ratio": 2}, "counts": {"counts": [1, 2]}},
+    "twinflow": {"": {}, "any": {"ends": "any"}},
     "uni_dad": {
         "": {**GAN, "target_teacher": "given", "target_share": 0.5, "gan_taps": ["down_blocks.1", "mid_block"]}
     },
@@ -104,6 +105,7 @@ OF_THE_FLOW = [
     "shortcut",
     "sum",
     "tdm",
+    "twinflow-any",
 ]
 TRANSITIONS = dict.fromkeys(OF_THE_FLOW, ode)
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
