@@ -14,7 +14,7 @@ from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind, Prediction
-from fewstep.core.schedule import Flow, NoiseSchedule
+from fewstep.core.schedule import Flow, NoiseSchedule, vp_from_betas
 from fewstep.core.times import Grid, Step
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.gaussian import GaussianModel
@@ -23,6 +23,8 @@ from fewstep.objectives.boot import Config, Objective
 from fewstep.objectives.pieces.teacher_step import teacher_step
 from fewstep.rollout import Rollout, ode, renoise
 
+EARLY = vp_from_betas("scaled_linear", 0.00085, 0.012)
+"""A process that leaves some of the image at its last level."""
 ONE = Rollout([Step(1.0, 1.0)], ode, two_times=True)
 
 
@@ -65,7 +67,7 @@ def told(objective: Objective, given: Batch) -> dict[str, float]:
     return {name: value.item() for name, value in turn.logs.items()}
 
 
-@pytest.mark.parametrize("schedule, kind", PROCESSES, ids=NAMES)
+@pytest.mark.parametrize("schedule, kind", [*PROCESSES, (EARLY, "epsilon")], ids=[*NAMES, "vp-early"])
 def test_the_teachers_steps_down_the_ladder_are_its_zero(schedule: NoiseSchedule, kind: Kind) -> None:
     """The student that has nothing to learn samples as the teacher does in 8 DDIM steps; on another ladder it has."""
     teacher = GaussianModel(*LAW, schedule, kind)

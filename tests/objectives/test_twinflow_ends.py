@@ -93,7 +93,7 @@ def test_velocities_end_where_they_begin() -> None:
     signed = [(t, to) for t, to, sign in net.seen if sign]
     assert len(signed) == 4 and all(torch.equal(t, to) for t, to in signed)
     others = [t - to for t, to, sign in net.seen if not sign]
-    assert len(others) == 3 and all((way > -1e-6).all() and (way > 1e-3).float().mean() > 0.6 for way in others)
+    assert len(others) >= 3 and all((way > -1e-6).all() and (way > 1e-3).float().mean() > 0.6 for way in others)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
