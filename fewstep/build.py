@@ -704,8 +704,8 @@ def batches(run: Run) -> Callable[[int], list[Batch]]:
         return processes.share(ids, config.micro_batches * run.objective.group).chunk(config.micro_batches)
 
     def heads(ids: torch.Tensor) -> torch.Tensor:
-        """The rows of a group share one condition and one image: those of the group's first sample."""
-        return ids - ids % run.objective.group
+        """Where the rows of a group are alike they share one condition and one image: those of its first sample."""
+        return ids - ids % run.objective.group if run.objective.alike else ids
 
     def pictures(number: int) -> torch.Tensor:
         step, part = divmod(number, config.micro_batches)

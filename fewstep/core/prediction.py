@@ -85,6 +85,13 @@ class Prediction:
         p, q = _mixture(self.kind, self.schedule.at(self.t, self.x_t))
         return p * x0.float() + q * eps.float()
 
+    def jump_target(self, x_s: Tensor, s: Tensor) -> Tensor:
+        """The output whose jump to level s (B,) below t is x_s: (x_t - x_s) / (t - s) for a flow."""
+        c, at_s = self.schedule.at(self.t, self.x_t), self.schedule.at(s, self.x_t)
+        turn = at_s.alpha * c.sigma - c.alpha * at_s.sigma
+        x0 = (c.sigma * x_s - at_s.sigma * self.x_t) / turn
+        return self.target(x0, (at_s.alpha * self.x_t - c.alpha * x_s) / turn)
+
     def bridge_target(self, x_s: Tensor, s: Tensor, eps: Tensor) -> Tensor:
         """The unbiased output target when x_t = a x_s + b eps left level s (B,) with fresh noise.
 

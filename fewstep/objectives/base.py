@@ -68,7 +68,7 @@ class Objective(nn.Module):
     `roles` are the networks it needs, `reads` the fields of Batch beyond noise and cond that it uses (x0, pair).
     `dials` are scalars beside the time that training alone tells the generator.
     `partial` objectives make samples that may end above level 0, and compare such states as they are.
-    `group` samples next to each other share a condition and stay in one micro-batch.
+    `group` samples next to each other stay in one micro-batch and, where `alike`, share a condition and an image.
     `perception` names the frozen network by which it compares samples, reader or lpips: it is lent as `perceive`.
     Own modules and buffers are saved with the run; `learns` says which player each joins.
     """
@@ -78,6 +78,7 @@ class Objective(nn.Module):
     dials: ClassVar[tuple[str, ...]] = ()
     partial: bool = False
     group: int = 1
+    alike: bool = True
     perception: str | None = None
     perceive: Features | None = None
 

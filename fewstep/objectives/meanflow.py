@@ -16,14 +16,11 @@ from torch import Tensor
 
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
-from fewstep.core.schedule import add_noise, expand
 from fewstep.core.times import Times
-from fewstep.models.backbone import Backbone
-from fewstep.models.tangent import Direction, Tangent, Way, along, choose
-from fewstep.objectives import base
+from fewstep.models.tangent import Tangent
 from fewstep.objectives.base import Logs, Turn, Turns, sample_logs
 from fewstep.objectives.pieces.flow import as_flow
-from fewstep.rollout import Rollout, ode
+from fewstep.objectives.pieces.flow_map import FlowMap
 
 
 @dataclass
@@ -52,50 +49,22 @@ class Config:
             )
 
 
-class Objective(base.Objective):
+class Objective(FlowMap):
     reads = ("x0",)
-    way: Way
-
-    @classmethod
-    def two_times(cls, config: Any) -> bool:
-        return True
+    stream = "meanflow"
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:
         return ("generator", "real_score") if config.mode == "distillation" else ("generator",)
 
-    def refuse(self, rollout: Rollout) -> None:
-        if rollout.step is not ode:
-            raise UserError("meanflow learns where a flow leads, which is deterministic: set model.transition=ode")
-
-    def attach(self, x: Tensor, cond: Condition) -> None:
-        self.way, _ = choose(self.flow, x, cond, self.config.tangent, to=True) if not x.is_meta else ("exact", "")
-
-    @property
-    def flow(self) -> Backbone:
-        return as_flow(self.triad.generator)
-
     def turns(self, batch: Batch, step: int) -> Turns:
         t, s = self.interval(batch)
         x_t, line = self.noised(batch, t)
         v = self.velocity(x_t, t, batch.cond, line)
-        turn = Direction(v, torch.ones_like(t), torch.zeros_like(s))
-        du = along(self.flow, x_t, t, batch.cond, turn, self.way, self.config.tangent.step, to=s)
+        target = v - self.by_start(x_t, t, s, batch.cond, v)
         prediction = self.flow(x_t, t, batch.cond, to=s)
-        loss, logs = self.distance(prediction.velocity, v - expand(t - s, x_t) * du)
+        loss, logs = self.distance(prediction.velocity, target)
         yield Turn("generator", loss, {**logs, **sample_logs(prediction.x0, batch)})
-
-    def interval(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """t and s <= t, each (B,)."""
-        pair = [self.config.times(batch.draw.uniform(f"meanflow.{i}"), self.flow.schedule) for i in range(2)]
-        t, s = torch.maximum(*pair), torch.minimum(*pair)
-        return t, torch.where(batch.draw.uniform("meanflow.equal").to(t.device) < self.config.equal, t, s)
-
-    def noised(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and eps - x0, each (B, *S)."""
-        assert batch.x0 is not None
-        eps = batch.draw.normal("meanflow.eps", batch.x0.shape[1:])
-        return add_noise(self.flow.schedule, batch.x0, eps, t), eps - batch.x0
 
     @torch.no_grad()
     def velocity(self, x_t: Tensor, t: Tensor, cond: Condition, line: Tensor) -> Tensor:

@@ -8,13 +8,17 @@ its own samples. Both velocities learn by flow matching, and two residuals, clam
 
 The second is zero, but for O(d), where v is the mean velocity of the flow from t to 0. The sign is a dial that is
 silent at the start, so all three start as the teacher; a trained student needs none and is a plain network. Every loss
-sees the whole batch, of which the paper gives each a part. Ends above 0, self-guidance and the robust norm of the paper
-are not here.
+sees the whole batch, of which the paper gives each a part. Self-guidance and the robust norm of the paper are not here.
+
+With `ends: any` the network is told where a jump ends, x_r = x_t - (t - r) v(x_t, t, r), for a third of the rows at 0,
+near t, and anywhere between; t - r and t - d - r stand for t and t - d in the residual, and velocities end where they
+begin. Then several steps need no fresh noise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +52,8 @@ class Config:
     """largest size of a value of either residual"""
     short_step: float = 0.01
     """d of the any-step residual"""
+    ends: Literal["clean", "any"] = "clean"
+    """where jumps go to: always the clean sample, or a time that the network is told"""
     exits: Exits = field(default_factory=Exits)
     """of several steps: the one that is trained"""
 
@@ -65,17 +71,26 @@ class Objective(base.Objective):
     reads = ("x0",)
     dials = ("sign",)
 
+    @classmethod
+    def two_times(cls, config: Any) -> bool:
+        return config.ends == "any"
+
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
+        if config.ends == "any" and not rollout.two_times:
+            raise UserError(
+                "objective.ends=any tells the network where a step ends: set model.transition=ode or gamma, or "
+                "objective.ends=clean"
+            )
         if not isinstance(triad.generator.schedule, Flow):
             raise UserError("twinflow compares velocities of a flow: take a flow teacher, or another objective")
 
     def refuse(self, rollout: Rollout) -> None:
         """A jump to the clean sample is no denoiser: see the objective `consistency`."""
-        if len(rollout) > 1 and rollout.step is not renoise:
+        if len(rollout) > 1 and rollout.step is not renoise and not rollout.two_times:
             raise UserError(
                 f"{len(rollout)} jumps to the clean sample need fresh noise in between: set model.transition=renoise, "
-                "or use one step"
+                "or objective.ends=any, or use one step"
             )
 
     def sample(self, batch: Batch, step: int, grad: bool) -> Sample:
@@ -112,16 +127,26 @@ class Objective(base.Objective):
         return (velocity - (eps - x)).square().mean()
 
     def jumped(self, batch: Batch, x0: Tensor) -> Tensor:
-        """The any-step residual; where t < d the short step is the whole way, and this is flow matching."""
+        """The any-step residual; where t - r < d the short step is the whole way, and this is flow matching."""
         net = self.triad.generator
         t = self.draw_time(batch, "twinflow.jump_t", self.config.flow_times)
+        end = self.end(batch, t)
         line = batch.draw.normal("twinflow.jump_eps", x0.shape[1:]) - x0
-        short = expand(t.clamp(max=self.config.short_step), x0)
+        way = t if end is None else t - end
+        short = expand(way.clamp(max=self.config.short_step), x0)
         x_t, s = x0 + expand(t, x0) * line, t - short.flatten()
-        velocity = net(x_t, t, batch.cond).velocity
+        velocity = net(x_t, t, batch.cond, to=end).velocity
         with torch.no_grad():
-            rest = expand(s, x0) * net(x_t - short * line, s, batch.cond).velocity
-        return self.pulled(velocity, (expand(t, x0) * velocity.detach() - rest) / short - line)
+            rest = (expand(way, x0) - short) * net(x_t - short * line, s, batch.cond, to=end).velocity
+        return self.pulled(velocity, (expand(way, x0) * velocity.detach() - rest) / short - line)
+
+    def end(self, batch: Batch, t: Tensor) -> Tensor | None:
+        """r (B,) of the any-step residual."""
+        if self.config.ends == "clean":
+            return None
+        part = batch.draw.uniform("twinflow.end").to(t.device)
+        kinds = torch.stack([torch.zeros_like(t), t * (0.95 + 0.05 * part), t * part])
+        return kinds.gather(0, batch.draw.integers("twinflow.end_kind", 3).to(t.device)[None])[0]
 
     def pulled(self, velocity: Tensor, residual: Tensor) -> Tensor:
         """A loss whose gradient in the velocity is the clamped residual."""
@@ -130,4 +155,4 @@ class Objective(base.Objective):
     def signed(self, x_t: Tensor, t: Tensor, cond: Condition, sign: float) -> Prediction:
         """The network with the sign of its time told."""
         told = Condition(cond.inputs, {**cond.dials, "sign": torch.full_like(t, sign)})
-        return self.triad.generator(x_t, t, told)
+        return self.triad.generator(x_t, t, told, to=t if self.config.ends == "any" else None)

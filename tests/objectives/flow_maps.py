@@ -1,4 +1,4 @@
-"""What tests of flow maps share: exact maps as networks, data of a Gaussian, a small network, and a training loop."""
+"""What tests of maps to one end share, beside those of two times (`maps.py`): phases, data, a network, a loop."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from test_meanflow import Jump
+from maps import LAW, NAMES, PROCESSES, VP, Jump
 from torch import Tensor, nn
 
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.prediction import Kind, Prediction
-from fewstep.core.schedule import Flow, NoiseSchedule, vp_from_betas
+from fewstep.core.schedule import Flow, NoiseSchedule
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Objective
 
-LAW = (1.0, 0.7)
-VP = vp_from_betas("linear", 1e-4, 0.02)
-PROCESSES: list[tuple[NoiseSchedule, Kind]] = [(Flow(), "flow_prediction"), (VP, "epsilon"), (VP, "v_prediction")]
-NAMES = ["flow", "vp-epsilon", "vp-v"]
-
-__all__ = ["Jump"]
+__all__ = ["LAW", "NAMES", "PROCESSES", "VP", "Jump"]
 
 
 def teacher_of(schedule: NoiseSchedule = PROCESSES[0][0], kind: Kind = "flow_prediction") -> GaussianModel:

@@ -134,7 +134,7 @@ def test_a_teacher_that_is_missing(name: str, run: Make) -> None:
     flow = {"process": {"name": "flow"}, "prediction": "flow_prediction"}
     objective = run(name).objective
     if "real_score" not in objective.needs(objective.config) and "pair" not in objective.reads:
-        assert name in ("moment", "reward", "twinflow")
+        assert name in ("imm", "moment", "reward", "twinflow")
         return
     with pytest.raises(UserError, match=rf"objective {name} (asks|reads) .* set model.teacher"):
         run(name, model={**new, **flow})

@@ -148,7 +148,7 @@ def test_an_objective_that_does_not_say_it_reads_data_needs_none(case: str) -> N
 
 
 def test_the_data_free_methods_are_data_free() -> None:
-    for case in ("dmd-free", "dmd2-free", "phased_dmd"):
+    for case in ("boot", "dmd-free", "dmd2-free", "freeflow", "phased_dmd"):
         assert make(f"{case}/flow", SMOOTH).objective.reads == ()
     for case in ("dmd", "ladd", "rectified_flow", "rectified_flow-distill"):
         assert make(f"{case}/flow", SMOOTH).objective.reads == ("pair",)

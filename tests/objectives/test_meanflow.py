@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from maps import LAW, NAMES, PROCESSES, Jump, Perceptron, data_batch
 from oracle import walk
-from torch import Tensor, nn
 
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
-from fewstep.core.prediction import Kind, Prediction
-from fewstep.core.schedule import Flow, NoiseSchedule, expand, vp_from_betas
+from fewstep.core.prediction import Kind
+from fewstep.core.schedule import Flow, NoiseSchedule, expand
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.gaussian import GaussianModel
 from fewstep.models.tangent import Direction, Tangent, along
@@ -19,41 +19,11 @@ from fewstep.objectives.base import Triad
 from fewstep.objectives.meanflow import Config, Objective
 from fewstep.rollout import Rollout, ode, renoise
 
-LAW = (1.0, 0.7)
-VP = vp_from_betas("linear", 1e-4, 0.02)
-PROCESSES: list[tuple[NoiseSchedule, Kind]] = [(Flow(), "flow_prediction"), (VP, "epsilon"), (VP, "v_prediction")]
-NAMES = ["flow", "vp-epsilon", "vp-v"]
-
-
-class Jump(Backbone):
-    """The exact two-time map of a Gaussian: x0 and eps such that their mixture at `to` is where the flow leads."""
-
-    def __init__(self, of: GaussianModel):
-        super().__init__()
-        self.of, self.schedule, self.kind = of, of.schedule, of.kind
-
-    def forward(self, x_t, t, cond, *, to=None, taps=(), stop=False):
-        local = self.of(x_t, t, cond)
-        here, there = self.schedule.at(t, x_t), self.schedule.at(to, x_t)
-        x_s = self.of.flow_map(x_t, t, to)
-        turn = there.alpha * here.sigma - here.alpha * there.sigma
-        close = (turn.abs() < 1e-6).expand_as(x_t)
-        turn = turn.masked_fill(turn.abs() < 1e-6, 1.0)
-        x0 = torch.where(close, local.x0, (here.sigma * x_s - there.sigma * x_t) / turn)
-        eps = torch.where(close, local.eps, (there.alpha * x_t - here.alpha * x_s) / turn)
-        return Prediction(local.target(x0, eps), self.kind, x_t, t, self.schedule)
-
 
 def objective_of(net: Backbone, teacher: GaussianModel, **changes: Any) -> Objective:
     found = Objective(Config(**changes), Triad(net, Guided(teacher)), walk((1.0,), ode))
     found.attach(torch.zeros(2, 3), Condition())
     return found
-
-
-def data_batch(rows: int, seed: int = 0, dims: int = 3) -> Batch:
-    draw = Draw(seed, 0, torch.arange(rows))
-    x0 = LAW[0] + LAW[1] * draw.normal("x0", (dims,))
-    return Batch(draw.normal("noise", (dims,)), Condition(), draw, x0)
 
 
 def residual(objective: Objective, batch: Batch) -> float:
@@ -139,19 +109,6 @@ def test_the_weight_is_the_loss_to_a_power() -> None:
     (gradient,) = torch.autograd.grad(loss, u)
     assert loss.item() == pytest.approx((9 / 9.01**0.5 + 0.09 / 0.1**0.5) / 2, rel=1e-5)
     assert gradient[0].tolist() == pytest.approx([x / 9.01**0.5 for x in (1, 2, 2)], rel=1e-5)
-
-
-class Perceptron(Backbone):
-    """A velocity (B, 1) of x_t, t and to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.schedule, self.kind = Flow(), "flow_prediction"
-        self.layers = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Condition, *, to=None, taps=(), stop=False):
-        value = self.layers(torch.cat([x_t, t[:, None], to[:, None]], 1))
-        return Prediction(value, self.kind, x_t, t, self.schedule)
 
 
 def test_one_step_learns_the_map() -> None:

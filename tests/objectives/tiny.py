@@ -47,6 +47,10 @@ RCM_GAP = dmd2.Config(ratio=2, gan_weight=0.0)
 JUDGE = JudgeConfig(weight=0.5, loss="softplus", taps=["down_blocks.1", "mid_block"])
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ac_dmd": {"": {"ratio": 2}},
+    "align_your_flow": {
+        "": {"warmup": 2},
+        "told": {"form": "lagrangian", "guidance": [1.0, 3.0]},
+    },
     "consistency": {"": {}, "heun-self": {"solver": "heun", "target": "self"}, "training": {"mode": "training"}},
     "ctm": {"": {}, "judged": {"judge": JUDGE, "mode": "distillation"}},
     "ect": {"": {}, "teacher": {"mode": "distillation", "stage_steps": 1}},
@@ -83,6 +87,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "": GAN,
         "covering": {**GAN, "divergence": "forward_kl", "bin_decay": 0.5},
     },
+    "freeflow": {"": {}, "predict": {"correct": 0.0}},
+    "mdt_dist": {"": {}, "own": {"matching": 0.0}, "moved": {"distillation": 0.0, "normalise": True}},
     "msd": {"": {**GAN, "parts": 2, "labels": LABELS}},
     "phased_dmd": {"": {"ratio": 2}},
     "reward": {"": {"reward": "tiny:brightness"}},
@@ -91,6 +97,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "distill": {"phase": "distill"},
         "paths": {"phase": "distill", "states": "teacher"},
     },
+    "shortcut": {"": {"bootstrap": 0.5}, "training": {"mode": "training", "bootstrap": 1.0}},
     "sid": {"": {}, "plain": {"alpha": 0.5, "weight": "none", "ratio": 2}},
     "sida": {"": {"gan_weight": 0.5, "gan_critic_weight": 0.5}},
     "snoopi": {"": {"label_dropout": 0.5}},
@@ -104,6 +111,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "re_dmd": {"": {"reward": "tiny:brightness", "ratio": 2}, "gan": {**GAN, "reward": "tiny:brightness"}},
     "tmd": {"": {**GAN}, "flow": {"stage": "flow"}},
     "tdm": {"": {}, "bridge": {"critic_target": "bridge", "huber": 0.0, "ratio": 2}, "counts": {"counts": [1, 2]}},
+    "twinflow": {"": {}, "any": {"ends": "any"}},
     "uni_dad": {
         "": {**GAN, "target_teacher": "given", "target_share": 0.5, "gan_taps": ["down_blocks.1", "mid_block"]}
     },
@@ -111,27 +119,37 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Objective -> its variants by name. An objective that is not named here is tried with its defaults."""
 
-TRANSITIONS = {
-    "ctm": ode,
-    "ctm-judged": ode,
-    "pcm": ode,
-    "pcm-plain": ode,
-    "tcd-twice": ode,
-    "dmd": ode,
-    "dmd2-whole": ode,
-    "meanflow": ode,
-    "paired": ode,
-    "sum": ode,
-    "tdm": ode,
-    "arcflow": ode,
-    "progressive": ode,
-    "progressive-later": ode,
-    "perflow": ode,
-}
+OF_THE_FLOW = [
+    "align_your_flow",
+    "arcflow",
+    "boot",
+    "ctm",
+    "ctm-judged",
+    "dmd",
+    "dmd2-whole",
+    "freeflow",
+    "imm",
+    "meanflow",
+    "paired",
+    "pcm",
+    "pcm-plain",
+    "perflow",
+    "progressive",
+    "progressive-later",
+    "shortcut",
+    "sum",
+    "tcd-twice",
+    "tdm",
+    "twinflow-any",
+]
+TRANSITIONS = dict.fromkeys(OF_THE_FLOW, ode)
 """Of objectives, or variants of them, that ask for one of their own; the others renoise."""
 
 ONLY = {"arcflow": ["flow"], "tmd": ["flow"], "twinflow": ["flow"]}
 """Objectives that are for some processes alone."""
+
+ONE_STEP = ("boot", "freeflow")
+"""Objectives of students that have no further step; the others are tried with two."""
 
 WHOLE_GRAPH = ("tmd",)
 """Objectives that refuse gradient checkpointing of the generator."""
@@ -255,7 +273,8 @@ def make(
             networks["fake_score"].add_dial(dial)
             nn.init.normal_(networks["fake_score"].dials[dial].layers[-1].weight, std=0.05)
     transition = TRANSITIONS.get(told) or TRANSITIONS.get(name, renoise)
-    rollout = Rollout([Step(1.0, 1.0), Step(0.5, 0.5)], transition, two_times, 2 if counts else None, tells)
+    steps = [Step(1.0, 1.0), Step(0.5, 0.5)][: 1 if name in ONE_STEP else 2]
+    rollout = Rollout(steps, transition, two_times, len(steps) if counts else None, tells)
     objective = module.Objective(config, Triad(**networks), rollout)
     if named := getattr(config, "reward", None):
         objective.reward = rewards.own(named)
@@ -270,10 +289,11 @@ def make(
 
 
 def batch(tiny: Tiny, step: int, ids: Tensor) -> Batch:
-    """Only what the objective says it reads is there; the samples of a group share their condition and data."""
+    """Only what the objective says it reads is there; the samples of a group that is alike share condition and data."""
     draw, shape, reads = Draw(5, step, ids), tiny.shape, tiny.objective.reads
-    first = ids - ids % tiny.objective.group
-    cond = Condition({"class_labels": first // tiny.objective.group % LABELS})
+    group = tiny.objective.group if tiny.objective.alike else 1
+    first = ids - ids % group
+    cond = Condition({"class_labels": first // group % LABELS})
     images = 0.5 * Draw(5, step, first).normal("images", shape)
     path = draw.normal("path", (1, *shape)) if "path" in reads else None
     stored = Pair(draw.normal("stored", shape), 0.5 * draw.normal("made", shape), cond, path)
