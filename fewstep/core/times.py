@@ -106,10 +106,10 @@ class Grid:
 
     count: int = 18
     """intervals of the ladder"""
-    law: Literal["even", "karras"] = "even"
-    """even | karras (even in sigma^(1/7) from .002 to 80, the last rung at noise)"""
     shift: float = field(default=1.0)
     """moves the ladder towards noise (> 1)"""
+    law: Literal["even", "karras"] = "even"
+    """even | karras (even in sigma^(1/7) from .002 to 80, the last rung at noise)"""
 
     def __post_init__(self) -> None:
         if self.count < 1:

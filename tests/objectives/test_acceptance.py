@@ -248,7 +248,7 @@ def test_the_exact_map_of_a_mixture_is_curved() -> None:
     assert slope == pytest.approx(2, abs=0.3)
 
 
-@pytest.mark.parametrize("grid", [Grid(8), Grid(8, "karras"), Grid(8, shift=3.0)])
+@pytest.mark.parametrize("grid", [Grid(8), Grid(8, law="karras"), Grid(8, shift=3.0)])
 @every_process
 def test_pairs_lie_on_the_process(name: str, grid: Grid) -> None:
     times = grid.times(SCHEDULES[name])

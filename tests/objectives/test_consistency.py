@@ -366,7 +366,7 @@ def test_a_curriculum_drives_the_grid_and_the_follower() -> None:
 
 def test_karras_rungs() -> None:
     """Even in sigma^(1/7) between .002 and 80, as N = 40 of the paper."""
-    times = Grid(39, "karras").times(EDM()).double() * 80
+    times = Grid(39, law="karras").times(EDM()).double() * 80
     roots = times[1:] ** (1 / 7)
     assert times[-1].item() == pytest.approx(80) and times[0] == 0
     steps = (roots[1:] - roots[:-1]) / (80 ** (1 / 7) - 0.002 ** (1 / 7)) * 39
@@ -375,7 +375,7 @@ def test_karras_rungs() -> None:
 
 def test_intervals_by_a_law_are_its_integrals() -> None:
     """iCT: erf differences of the log-normal, mean -1.1 and deviation 2, within four standard errors."""
-    grid, law = Grid(10, "karras"), Times(law="log_normal", mean=-1.1, std=2.0)
+    grid, law = Grid(10, law="karras"), Times(law="log_normal", mean=-1.1, std=2.0)
     u = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     t, m = grid.around(law(u, EDM()), EDM())
     rungs = grid.times(EDM()).double() * 80
