@@ -186,6 +186,8 @@ def _how_to_prompt(run: Run) -> str:
     note = "`guidance_scale=1.0` is needed: guidance is inside already, and the pipeline would apply its own on top."
     if not _distilled(run):
         note = "`guidance_scale` is free: 1 asks for one pass a step, more follows the prompt more closely."
+    if len(run.rollout) > 1 and type(_scheduler(run)).__name__ == "FlowMatchLCMScheduler":
+        note += " The noise between the steps comes from the global generator: `torch.manual_seed` fixes it."
     return f"## Sampling\n\n```python\n{code}```\n\n{note}"
 
 

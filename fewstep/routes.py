@@ -51,6 +51,12 @@ class Pixels:
         return pipeline.unet.config.num_class_embeds is not None
 
 
+def draw_from(pipeline: Any, generator: torch.Generator) -> None:
+    """Lets the scheduler of a flow that renoises draw from `generator`: pipelines leave it to the global one."""
+    if type(pipeline.scheduler).__name__ == "FlowMatchLCMScheduler":
+        pipeline.scheduler.step = partial(pipeline.scheduler.step, generator=generator)
+
+
 class Prompted:
     """A network that reads prompts, as its teacher's own pipeline with everything around the denoiser."""
 
@@ -73,9 +79,7 @@ class Prompted:
         """What the pipeline makes of an empty prompt and the noise of seed 0: latents (1, *S)."""
         height, width = self.size
         generator = torch.Generator().manual_seed(0)
-        if type(pipeline.scheduler).__name__ == "FlowMatchLCMScheduler":
-            # Pipelines of flows let the scheduler draw its noise from the global generator.
-            pipeline.scheduler.step = partial(pipeline.scheduler.step, generator=generator)
+        draw_from(pipeline, generator)
         return pipeline(
             prompt="",
             height=height,

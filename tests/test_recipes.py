@@ -149,6 +149,20 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
         | {"objective": {"ratio": 5, "critic_on_generator_step": False, "times": {"low": 1e-3, "high": 0.999}}}
         | {"players": {"generator": {"lr": 1e-5}, "fake_score": {"lr": 1e-5}}}
     ],
+    # NVlabs/rcm, Wan 2.1 1.3B
+    "wan21_rcm": [
+        {"batch": 64, "model": {"guidance": 5.0, "steps": 4}, "data": {"frames": 81}, "pairs": {"count": 250_000}}
+        | {"objective": {"warmup": 1000, "consistency": 100.0, "gap": 1.0, "times": {"mean": 0.7, "std": 1.6}}}
+        | {"players": {"generator": {"lr": 2e-6, "betas": [0.0, 0.999]}, "fake_score": {"lr": 4e-7}}}
+    ],
+    # magic-research/piecewise-rectified-flow
+    "sd15_perflow": [
+        {"steps": 4_000, "batch": 1024, "model": {"guidance": 7.5, "steps": 4}, "data": {"resolution": 512}}
+        | {"objective": {"solver_steps": 8}, "players": {"generator": {"lr": 8e-5}}}
+    ],
+    "sdxl_perflow": [{"objective": {"solver_steps": 10}, "players": {"generator": {"lr": 1e-4}}}],
+    # arXiv:2503.07274
+    "sd21_agd": [{"objective": {"name": "agd"}, "data": {"resolution": 512}}],
     # arXiv:2510.27684
     "wan21_phased_dmd": [
         {"batch": 64, "model": {"guidance": 4.0, "steps": 4}, "objective": {"phases": 2, "ratio": 5}}
@@ -233,6 +247,7 @@ def test_a_recipe_trains_samples_and_reloads_in_plain_diffusers(recipe: str, tmp
     frames = {"num_frames": run.config.data.frames} if run.config.data.frames else {}
     asked = {"height": 16, "width": 16, "num_inference_steps": len(run.rollout), "guidance_scale": 1.0, **frames}
     noise = torch.Generator().manual_seed(3)
+    routes.draw_from(pipeline, noise)
     theirs = pipeline("a disc", **asked, generator=noise, output_type="latent", return_dict=False)[0]
     told = codec_of(pipeline).encode_prompts(["a disc"], size=(16, 16))
     again = export.SameNoise(3, 1)

@@ -59,7 +59,7 @@ class Objective(scm.Objective):
         self.matching = dmd2.Objective(config.matching, triad, rollout) if config.gap else None
         discrete = config.discrete if config.consistency else None
         self.on_grid = consistency.Objective(discrete, triad, rollout) if discrete is not None else None
-        reads = {"x0"} if config.consistency else set()
+        reads = {"x0" if self.on_grid or config.data == "real" else "pair"} if config.consistency else set()
         self.reads = tuple(sorted(reads | set(self.matching.reads if self.matching else ())))
 
     @classmethod

@@ -52,8 +52,10 @@ class Config(scm.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode != "distillation":
-            raise UserError("sana_sprint reads a teacher: set objective.mode=distillation, or use scm")
+        if self.mode != "distillation" or self.data != "real":
+            raise UserError(
+                "sana_sprint reads a teacher and real data: leave objective.mode and objective.data out, or use scm"
+            )
         if not self.guidances or min(self.guidances) < 0:
             raise UserError(f"objective.guidances are numbers from 0, at least one, but {self.guidances} was given")
         if not min(self.guidances) <= self.guidance <= max(self.guidances):
@@ -109,8 +111,8 @@ class Objective(scm.Objective):
     def teacher(self, batch: Batch) -> Backbone:
         return Guided(self.watched, self.scales(batch))
 
-    def told(self, batch: Batch) -> Condition:
-        return Condition(batch.cond.inputs, {**batch.cond.dials, "guidance": TENTH * self.scales(batch)})
+    def told(self, batch: Batch, cond: Condition) -> Condition:
+        return Condition(cond.inputs, {**cond.dials, "guidance": TENTH * self.scales(batch)})
 
     def jumped(self, batch: Batch) -> Tensor:
         """The clean ends (B, *S) of jumps from noised data, some of them from pure noise."""
@@ -118,7 +120,7 @@ class Objective(scm.Objective):
         free = self.config.times(batch.draw.uniform("sana.t"), Trig())
         t = torch.where(batch.draw.uniform("sana.pure").to(free) < self.config.from_noise, 1.0, free)
         x = add_noise(Trig(), batch.x0, batch.draw.normal("sana.eps", batch.x0.shape[1:]), t)
-        return self.net(x, t, self.told(batch)).x0
+        return self.net(x, t, self.told(batch, batch.cond)).x0
 
     def noised(self, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
         """x0 (B, *S) at the time (B,) of the teacher at which it is read; the same draws for jumps and data."""

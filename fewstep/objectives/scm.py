@@ -41,6 +41,8 @@ class Config:
     name: str = "scm"
     mode: Literal["distillation", "training"] = "distillation"
     """distillation: the (guided) teacher's velocity; training: that of data, no teacher"""
+    data: Literal["real", "pairs"] = "real"
+    """what is noised: real images, or the teacher's own samples"""
     times: Times = field(default_factory=lambda: Times(law="log_normal", mean=-1.0, std=1.4))
     """law of the angle; log_normal is of its tangent, sigma / alpha"""
     warmup: int = 200
@@ -78,6 +80,8 @@ class Objective(base.Objective):
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
         self.expected = TimeEmbedder(1) if config.adaptive else None
+        if config.data == "pairs" and self.reads == ("x0",):
+            self.reads = ("pair",)
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:
@@ -104,19 +108,20 @@ class Objective(base.Objective):
 
     def states(self, batch: Batch) -> States:
         """Data, noised."""
-        assert batch.x0 is not None
-        t = self.config.times(batch.draw.uniform("scm.t"), Trig())
-        eps = batch.draw.normal("scm.eps", batch.x0.shape[1:])
-        x, c = add_noise(Trig(), batch.x0, eps, t), Trig().at(t, batch.x0)
-        line = c.alpha * eps - c.sigma * batch.x0
-        v = line if self.config.mode == "training" else self.velocity(self.teacher(batch), x, t, batch.cond)
-        return States(x, t, v, self.told(batch))
+        source = batch.pair if self.config.data == "pairs" else batch
+        assert source is not None and source.x0 is not None
+        x0, t = source.x0, self.config.times(batch.draw.uniform("scm.t"), Trig())
+        eps = batch.draw.normal("scm.eps", x0.shape[1:])
+        x, c = add_noise(Trig(), x0, eps, t), Trig().at(t, x0)
+        line = c.alpha * eps - c.sigma * x0
+        v = line if self.config.mode == "training" else self.velocity(self.teacher(batch), x, t, source.cond)
+        return States(x, t, v, self.told(batch, source.cond))
 
     def teacher(self, batch: Batch) -> Backbone:
         return self.triad.real_score
 
-    def told(self, batch: Batch) -> Condition:
-        return batch.cond
+    def told(self, batch: Batch, cond: Condition) -> Condition:
+        return cond
 
     @torch.no_grad()
     def velocity(self, teacher: Backbone, x: Tensor, t: Tensor, cond: Condition) -> Tensor:

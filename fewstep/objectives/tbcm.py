@@ -36,8 +36,10 @@ class Config(scm.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode != "distillation":
-            raise UserError("tbcm follows a teacher: set objective.mode=distillation, or use scm")
+        if self.mode != "distillation" or self.data != "real":
+            raise UserError(
+                "tbcm follows a teacher and reads nothing: leave objective.mode and objective.data out, or use scm"
+            )
         if self.states < 2 or self.route_shift <= 0 or self.calm < 1 or not 0 <= self.last_share <= 1:
             raise UserError(
                 "objective.states is at least 2, route_shift above 0, calm at least 1 and last_share from 0 to 1, but "
@@ -73,4 +75,4 @@ class Objective(scm.Objective):
                 x = turn.cos() * x - turn.sin() * v
         states, when, velocities = (torch.cat(part) for part in zip(*seen[1:], strict=True))
         rows = torch.arange(len(batch.noise), device=x.device).repeat(len(times) - 1)
-        return States(states, when, velocities, self.told(batch)[rows])
+        return States(states, when, velocities, self.told(batch, batch.cond)[rows])

@@ -72,7 +72,7 @@ def test_every_sample_is_led_by_a_guidance_of_the_list_and_told_a_tenth_of_it() 
     scales = objective.scales(batch)
     for w in (1.0, 1.5, 2.0):
         assert (scales == w).float().mean().item() == pytest.approx(1 / 3, abs=4 * 0.47 / 3000**0.5)
-    assert torch.allclose(objective.told(batch).dials["guidance"], 0.1 * scales)
+    assert torch.allclose(objective.told(batch, batch.cond).dials["guidance"], 0.1 * scales)
     states = objective.states(batch)
     alone = as_angles(Guided(Read(), 1.5))(states.x, states.t, batch.cond).value
     rows = scales == 1.5

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from flow_maps import LAW, NAMES, PROCESSES, VP, Perceptron, data, guided, one_step_error, teacher_of, train
 from oracle import ConsistencyMap, play, walk
 
-from fewstep.core.batch import Condition
+from fewstep.core.batch import Condition, Pair
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import Flow, NoiseSchedule, Trig
@@ -153,3 +154,15 @@ def test_refusals() -> None:
         with pytest.raises(UserError, match="at least 0"):
             Config(**wrong)  # type: ignore[arg-type]
     assert Objective.needs(Config(mode="training")) == ("generator",)
+
+
+def test_the_teachers_samples_can_stand_for_data() -> None:
+    """Pairs whose clean ends are the batch's data give the same loss, by the same draws."""
+    net = GaussianModel(0.2, 0.9, Flow(), "flow_prediction", learned=True)
+    batch = data(64)
+    assert batch.x0 is not None
+    paired = replace(batch, x0=None, pair=Pair(batch.noise, batch.x0, Condition()))
+    ours = of(net, data="pairs")
+    assert ours.reads == ("pair",) and of(net).reads == ("x0",)
+    one, other = (play(*both)["generator"] for both in ((ours, paired), (of(net), batch)))
+    assert one["generator.mean"] == pytest.approx(other["generator.mean"], rel=1e-6)
