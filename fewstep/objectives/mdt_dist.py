@@ -48,8 +48,8 @@ class Config:
     """divide du/dt by its rms over a sample + .1; this moves the fixed point"""
     exits: Exits = field(default_factory=Exits)
     """of several steps: the one whose sample is distilled"""
-    tangent: Tangent = field(default_factory=Tangent)
-    """how du/dt is taken"""
+    tangent: Tangent = field(default_factory=lambda: Tangent("difference", 0.01))
+    """how du/dt is taken; on the scenes' UNet the exact one drove the residual from 1.7 to 9 in 150 steps"""
 
     def __post_init__(self) -> None:
         if min(self.matching, self.distillation) < 0 or not self.matching + self.distillation:

@@ -8,6 +8,7 @@ from maps import LAW, NAMES, PROCESSES, Jump, Perceptron, data_batch, train, wal
 from oracle import walk
 from torch import Tensor
 
+from fewstep import build, config
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import Flow, NoiseSchedule, add_noise
@@ -145,7 +146,15 @@ def test_it_learns_the_law() -> None:
 
 
 def test_a_group_stays_together_and_keeps_its_own_images() -> None:
-    assert (Objective.group, Objective.alike) == (4, False) and Objective.needs(Config()) == ("generator",)
+    """In a run: the images and labels are those of every sample, not of the group's first."""
+    run = build.build(config.load("configs/scenes/imm.yaml", ["batch=16", "micro_batches=2", "data.workers=0"])[0])
+    parts, ids = build.batches(run)(0), torch.arange(16)
+    assert [len(part) for part in parts] == [8, 8] and run.objective.group == 4
+    assert torch.equal(torch.cat([part.x0 for part in parts]), run.source.images(ids))
+    assert torch.equal(torch.cat([part.cond.inputs["class_labels"] for part in parts]), run.source.label_of(ids))
+    with pytest.raises(UserError, match="4 samples a group"):
+        build.build(config.load("configs/scenes/imm.yaml", ["batch=6"])[0])
+    assert Objective.needs(Config()) == ("generator",)
 
 
 def test_fresh_noise_is_for_where_the_network_has_landed() -> None:

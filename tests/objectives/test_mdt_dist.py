@@ -49,13 +49,13 @@ def test_the_exact_way_has_no_residual(schedule: NoiseSchedule, kind: Kind, tang
 
 
 def test_normalising_the_derivative_alone_moves_the_fixed_point() -> None:
-    """The exact way then has a residual. Seen: rms .197, against 9e-8 without."""
+    """The exact way then has a residual. Seen: rms .197, against 1e-4 without, by a step of .01."""
     teacher = GaussianModel(*LAW, *FLOW)
     plain, moved = (
         logs(objective_of(ConsistencyMap(teacher), teacher, normalise=on), data_batch(512))["residual"] ** 0.5
         for on in (False, True)
     )
-    assert plain < 1e-4 and moved > 0.1
+    assert plain < 1e-3 and moved > 0.1
     assert not Config().normalise
 
 
