@@ -15,7 +15,7 @@ from torch import nn
 
 from fewstep import conditions, latents, pairs, perception, rewards
 from fewstep.conditions import Conditions, Labels, Prompts
-from fewstep.config import Config
+from fewstep.config import Config, PairsConfig
 from fewstep.core.batch import Batch, Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
@@ -83,6 +83,8 @@ class Run:
     """the diffusers scheduler to export with the student, None where stock diffusers has none"""
     shape: tuple[int, ...]
     conditions: Conditions
+    maker: Backbone | None = None
+    """who makes the pairs, where it is not the teacher: the earlier stage's student, guidance inside"""
     pairs: pairs.Pairs | None = None
     latents: latents.Latents | None = None
 
@@ -484,7 +486,21 @@ def assemble(
         objective.attach(*(part.to(where) for part in inputs))
     shaped.place(objective, device)  # what an objective keeps of an idle network is shaped too
     players = build_players(config, triad, objective)
-    return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
+    made = (config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
+    return Run(*made, maker=_maker(config, teacher, objective, previous, device))
+
+
+def _maker(
+    config: Config, teacher: Teacher, objective: Objective, previous: Path | None, device: torch.device
+) -> Backbone | None:
+    """The earlier stage's student, where it makes the pairs of this one."""
+    if config.pairs.of == "teacher" or "pair" not in objective.reads:
+        return None
+    net = _student(config, teacher) if config.model.student is not None else copy.deepcopy(teacher.net)
+    maker = teacher.backbone(net).eval().requires_grad_(False)
+    what = "pairs.of=previous"
+    load_weights(maker, _of_previous("previous.generator", previous, what), what)
+    return maker.to(device)
 
 
 def _check_reads(config: Config, objective: Objective, source: Source) -> None:
@@ -809,6 +825,11 @@ def _prompts(run: Run, prompts: Prompts, texts: list[str]) -> Made:
     return Made(f"prompts_{len(texts)}", recipe, len(texts), conditions.SHARD, "prompt", make, take)
 
 
+def _told_of(config: PairsConfig) -> dict[str, Any]:
+    """Of pairs that the teacher makes what was told of them before there were others."""
+    return {name: value for name, value in asdict(config).items() if (name, value) != ("of", "teacher")}
+
+
 def pairs_recipe(run: Run) -> str:
     """Everything that decides what the pairs are."""
     model = run.config.model
@@ -817,7 +838,9 @@ def pairs_recipe(run: Run) -> str:
     if model.lora is not None and run.teacher.codec is not None:
         settings["encoders"] = _sums(run.teacher.codec.encoders.parameters())
     settings["tokens"] = model.max_sequence_length
-    made = {**settings, "weights": _sums(base), "pairs": asdict(run.config.pairs), "data": _data(run)}
+    made = {**settings, "weights": _sums(base), "pairs": _told_of(run.config.pairs), "data": _data(run)}
+    if run.maker is not None:
+        made["maker"] = _sums(run.maker.parameters())
     if passed := _passed(run):
         made["path"] = [step.level for step in passed]
     return json.dumps(made, sort_keys=True)
@@ -865,7 +888,8 @@ def make_pairs(run: Run, rows: torch.Tensor, progress: Progress) -> Tensors:
     config, teacher = run.config.pairs, run.teacher
     scheduler = schedulers.student_scheduler(teacher.scheduler, teacher.kind, "ode", config.steps, teacher.shift)
     passed, walk = _passed(run), Rollout(schedulers.steps_of(scheduler, config.steps), transition("ode"))
-    args = (run.guided(), pairs.through(walk, passed), run.conditions.afresh, run.shape, len(rows), config.seed)
+    maker = run.guided() if run.maker is None else run.maker
+    args = (maker, pairs.through(walk, passed), run.conditions.afresh, run.shape, len(rows), config.seed)
     kept = [step.level for step in passed]
     made = pairs.make_pairs(*args, run.at_once, progress, run.device, int(rows[0]), kept)
     return pairs.tensors_of(made)

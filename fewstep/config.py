@@ -248,6 +248,8 @@ class PairsConfig:
     """teacher steps for each pair"""
     seed: int = 7
     """seed of the pairs' noise and labels"""
+    of: Literal["teacher", "previous"] = "teacher"
+    """who makes them: the guided teacher, or the earlier stage's student (another round of reflow)"""
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.steps < 1:

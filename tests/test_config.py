@@ -51,7 +51,9 @@ def test_every_config_takes_three_steps(
     file: Path, tiny_teacher: Path, tiny_sizes: dict, tiny_prompted: Path, tmp_path: Path
 ) -> None:
     for stage in tiny(file, tiny_teacher, tiny_sizes, tiny_prompted):
-        stage.start = {}
+        stage.start, stage.pairs.of = {}, "teacher"
+        if str(getattr(stage.objective, "target_teacher", "")).startswith("previous."):
+            stage.objective.target_teacher = str(tiny_teacher)
         if hasattr(stage.objective, "record"):
             stage.objective.record = 1  # the generator rests until then
         run = build.build(stage)

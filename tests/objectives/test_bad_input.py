@@ -25,8 +25,11 @@ NEEDED: dict[str, dict[str, Any]] = {
     "re_dmd": {"reward": "tiny:brightness", **GAN},
     "reward": {"reward": "tiny:brightness"},
     "sum": {"terms": [{"name": "dmd2"}, {"name": "paired"}]},
+    "tscd": {"segments": 3},
 }
 """what an objective cannot be named without, or to give it a GAN"""
+JUDGED = ("ladd", "sana_sprint")
+"""whose discriminator does not hang on a weight"""
 
 Make = Callable[..., build.Run]
 
@@ -67,10 +70,10 @@ def run(teachers: dict[str, Path], tmp_path: Path) -> Make:
         name: str, teacher: str = "whole", source: str = "scenes", without: str = "", model: Any = None, **own: Any
     ) -> build.Run:
         objective = {"name": name, **NEEDED.get(name, {}), **own}
-        if name == "uni_dad":
+        if name in ("uni_dad", "tcm"):
             objective = {"target_teacher": str(teachers[teacher]), **objective}
         roles = base.find(name).Objective.needs(base.typed(objective))
-        players = [*(role for role in roles if role not in base.FROZEN), *(["discriminator"] if name == "ladd" else [])]
+        players = [*(role for role in roles if role not in base.FROZEN), *(["discriminator"] if name in JUDGED else [])]
         one = {
             "name": "bad",
             "device": "cpu",
@@ -134,13 +137,13 @@ def test_a_teacher_that_is_missing(name: str, run: Make) -> None:
     flow = {"process": {"name": "flow"}, "prediction": "flow_prediction"}
     objective = run(name).objective
     if "real_score" not in objective.needs(objective.config) and "pair" not in objective.reads:
-        assert name in ("imm", "moment", "reward", "twinflow")
+        assert name in ("ect", "imm", "moment", "reward", "tcm", "twinflow")
         return
     with pytest.raises(UserError, match=rf"objective {name} (asks|reads) .* set model.teacher"):
         run(name, model={**new, **flow})
 
 
-TAPPED = [name for name in NAMES if hasattr(base.find(name).Config, "gan_weight") or name == "ladd"]
+TAPPED = [name for name in NAMES if hasattr(base.find(name).Config, "gan_weight") or name in JUDGED]
 
 
 @pytest.mark.parametrize("name", [name for name in TAPPED if name != "sida"])
