@@ -782,6 +782,8 @@ def _pairs(run: Run) -> Made:
         run.pairs = pairs.stored(store.read(), config.seed)
         if run.triad.real_score is None and processes.size() == 1:
             run.teacher.net.to("cpu")  # it has said all it will be asked
+        if run.maker is not None:
+            run.maker.to("cpu")
 
     name = f"{'paths' if _passed(run) else 'pairs'}_{config.count}x{config.steps}_seed{config.seed}"
     make = functools.partial(make_pairs, run)

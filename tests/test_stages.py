@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -10,7 +11,11 @@ import torch
 
 from fewstep import build, cli, config, export
 from fewstep.core.draw import Draw
+from fewstep.core.errors import UserError
+from fewstep.core.times import Step
 from fewstep.models.backbone import Routed
+from fewstep.pairs import noise_of
+from fewstep.rollout import Rollout, ode
 from fewstep.train import checkpoint
 
 SMALL = ["batch=4", "steps=4", "save.every=2", "evals.every=0", "evals.samples=0", "pairs.count=8", "pairs.steps=2"]
@@ -120,3 +125,45 @@ def test_a_resumed_run_keeps_what_it_learns(
     assert "guidance: 1.0" in (run / "config.yaml").read_text()
     assert cli.main(["train", *given, "steps=6", "players.generator.lr=1e-5"]) == 0
     assert "resumed with changes: steps was 4, is 6" in capsys.readouterr().out
+
+
+FLOWS = ["progressive", "reflow_rounds", "slimflow", "tcm"]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_stopped_inside_a_stage_the_rest_is_played_to_the_same_bits(
+    name: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """Of the second stage the later half is lost, and every stage after it."""
+    run = play(name, tiny_teacher, tmp_path / "out")
+    stages = sorted(run.glob("stage_*"))
+    last = [stage / "checkpoints" / "0000004" / "state.safetensors" for stage in stages]
+    before = [checkpoint.sha256(state) for state in last]
+    assert len(set(before)) == len(stages) >= 2
+    shutil.rmtree(stages[1] / "checkpoints" / "0000004")
+    for stage in stages[2:]:
+        shutil.rmtree(stage)
+    given = [f"configs/scenes/{name}.yaml", *SMALL, f"model.teacher={tiny_teacher}", "--resume", str(run)]
+    assert cli.main(["train", *given]) == 0
+    assert [checkpoint.sha256(state) for state in last] == before
+
+
+def test_another_round_of_reflow_asks_the_student_before(tiny_teacher: Path, tmp_path: Path) -> None:
+    """Its pairs are those that the first round's average leads to, not the teacher's; without a first round, none."""
+    run = play("reflow_rounds", tiny_teacher, tmp_path / "out", "players.generator.lr=1e-2")
+    given = [*SMALL, f"model.teacher={tiny_teacher}"]
+    stages = config.load("configs/scenes/reflow_rounds.yaml", given)
+    stages[1].start = {}
+    with pytest.raises(UserError, match=r"pairs\.of=previous: there is no earlier stage"):
+        build.build(stages[1])
+    second = build.build(stages[1], run / "stage_1")
+    build.prepare(second, tmp_path)
+    assert second.pairs is not None and second.maker is not None
+    rows, walk = torch.arange(8), Rollout([Step(0.999, 0.999), Step(0.499, 0.4995)], ode)
+    noise, cond = noise_of(7, rows, second.shape), second.pairs.cond
+    with torch.no_grad():
+        student, teacher = (walk(net, noise, cond, Draw(7, 0, rows)).x0 for net in (second.maker, second.guided()))
+    assert torch.allclose(second.pairs.x0, student, atol=1e-5)
+    assert (second.pairs.x0 - teacher).abs().max() > 1e-2
+    average = network(run / "stage_1", "ema")
+    assert all(torch.equal(value, average[name]) for name, value in second.maker.state_dict().items())
