@@ -51,11 +51,15 @@ def how(run: Run) -> str:
             f"## As a LoRA\n\nThe LoRA is fused into the weights and not a file, for diffusers loads none into a {net}."
         )
     worn, scheduler = run.config.model.lora, type(run.scheduler).__name__
+    if run.scheduler is None:
+        opened = 'DiffusionPipeline.from_pretrained(".", trust_remote_code=True).scheduler'
+    else:
+        opened = f'{scheduler}.from_pretrained(".", subfolder="scheduler")'
     code = "\n".join(
         [
-            f"from diffusers import DiffusionPipeline, {scheduler}\n",
+            f"from diffusers import DiffusionPipeline{'' if run.scheduler is None else f', {scheduler}'}\n",
             f'pipeline = DiffusionPipeline.from_pretrained("{named(str(run.config.model.teacher))}")  # the teacher',
-            f'pipeline.scheduler = {scheduler}.from_pretrained(".", subfolder="scheduler")  # this folder',
+            f"pipeline.scheduler = {opened}  # this folder",
             *([_ONE] if worn is None or run.teacher.gained is not None else _two(worn, run.config.model.lora_scale)),
         ]
     )

@@ -80,7 +80,7 @@ class Run:
     objective: Objective
     players: dict[str, Player]
     scheduler: Any
-    """the diffusers scheduler to export with the student, None where stock diffusers has none"""
+    """the stock scheduler to export with the student, None where diffusers has none"""
     shape: tuple[int, ...]
     conditions: Conditions
     maker: Backbone | None = None
@@ -448,7 +448,7 @@ def assemble(
     _check_cache(config, teacher, source)
     shape = _shape(teacher, config)
     conditions = conditions_of(teacher, source, config.data.resolution)
-    scheduler = exportable(config, teacher)
+    scheduler = stock_scheduler(config, teacher)
     steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, teacher.shift)
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
     walk = transition(config.model.transition, config.model.eta)
@@ -590,15 +590,11 @@ def build_triad(
     return Triad(**triad)
 
 
-def exportable(config: Config, teacher: Teacher) -> Any | None:
-    """The student's scheduler, or None where stock diffusers has no route (said again by `export`)."""
-    model = config.model
-    try:
-        return schedulers.student_scheduler(
-            teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift, teacher.codec is not None
-        )
-    except UserError:
-        return None
+def stock_scheduler(config: Config, teacher: Teacher) -> Any | None:
+    """The student's scheduler, or None where diffusers has none for its steps."""
+    model, prompted = config.model, teacher.codec is not None
+    told = (teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift, prompted)
+    return schedulers.student_scheduler(*told)
 
 
 def start(config: Config, triad: Triad, previous: Path | None) -> None:

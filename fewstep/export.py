@@ -19,13 +19,13 @@ from fewstep import adapter
 from fewstep import build as building
 from fewstep import config as configs
 from fewstep.build import Run
+from fewstep.carried import is_carried, scheduler_of, trusted
 from fewstep.config import Config, RoleConfig
 from fewstep.core.errors import UserError
-from fewstep.models import schedulers
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import locate, named
 from fewstep.rollout import Rollout
-from fewstep.routes import Pixels, Route, exportable, left_out, part_of, route_of, save_plainly, stock
+from fewstep.routes import Pixels, Route, draws, exportable, left_out, part_of, route_of, save_plainly, stock
 from fewstep.train import checkpoint
 
 CARD = "README.md"
@@ -40,7 +40,7 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     there is replaced. `licence` is an identifier for the model card; default: the teacher's, where its card is at
     hand. Raises UserError for a run without a route in stock diffusers and for a place that cannot be written.
     """
-    backbone, scheduler = exportable(run), _scheduler(run)
+    backbone, scheduler = exportable(run), scheduler_of(run)
     route, net = route_of(run, backbone.net), stock(backbone.net, dtype)
     if net.config.get("sample_size", 0) is None:
         net.register_to_config(sample_size=run.shape[-1])
@@ -64,15 +64,6 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
-
-
-def _scheduler(run: Run) -> Any:
-    """The scheduler the run's rollout took its times from. Raises UserError with the reason if there is none."""
-    if run.scheduler is not None:
-        return run.scheduler
-    model, teacher = run.config.model, run.teacher
-    given = (teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift)
-    return schedulers.student_scheduler(*given, teacher.codec is not None)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -102,7 +93,8 @@ class SameNoise:
 @torch.no_grad()
 def _check(run: Run, backbone: DiffusersBackbone, net: nn.Module, route: Route, folder: Path) -> None:
     """Re-opens `folder` and walks it beside the run's rollout. Raises OSError or UserError if they differ."""
-    lacking = left_out(run.teacher.codec.pipeline) if run.teacher.codec is not None else {}
+    lacking: dict[str, Any] = left_out(run.teacher.codec.pipeline) if run.teacher.codec is not None else {}
+    lacking |= trusted(scheduler_of(run))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **lacking)
     pipeline.set_progress_bar_config(disable=True)
     opened, meant = getattr(pipeline, part_of(pipeline)).eval(), net.state_dict()
@@ -176,6 +168,7 @@ def _how_to_prompt(run: Run) -> str:
     if tokens := run.config.model.max_sequence_length:
         length += f"    max_sequence_length={tokens},  # as in training\n"
     lacking = "".join(f", {part}=None" for part in left_out(run.teacher.codec.pipeline)) if run.teacher.codec else ""
+    lacking += _trust(run)
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("."{lacking})  # this folder\n'
@@ -186,7 +179,8 @@ def _how_to_prompt(run: Run) -> str:
     note = "`guidance_scale=1.0` is needed: guidance is inside already, and the pipeline would apply its own on top."
     if not _distilled(run):
         note = "`guidance_scale` is free: 1 asks for one pass a step, more follows the prompt more closely."
-    if len(run.rollout) > 1 and type(_scheduler(run)).__name__ == "FlowMatchLCMScheduler":
+    note += _why_trust(run)
+    if len(run.rollout) > 1 and draws(scheduler_of(run)):
         note += " The noise between the steps comes from the global generator: `torch.manual_seed` fixes it."
     return f"## Sampling\n\n```python\n{code}```\n\n{note}"
 
@@ -197,7 +191,7 @@ def _how_to_label(run: Run) -> str:
     asked = f"    class_labels={list(range(count))},  # one for each image\n" if labels else ""
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        'pipeline = DiffusionPipeline.from_pretrained(".")  # this folder\n'
+        f'pipeline = DiffusionPipeline.from_pretrained("."{_trust(run)})  # this folder\n'
         f"images = pipeline(\n    batch_size={count},\n{asked}    num_inference_steps={steps},\n"
         "    generator=torch.Generator().manual_seed(0),\n).images\n"
     )
@@ -206,7 +200,21 @@ def _how_to_label(run: Run) -> str:
         meaning = "" if null is None else f', class {null} included, which means "no class"'
         notes.append(f"Without `class_labels` the pipeline draws labels at random{meaning}; no generator seeds them.")
         notes.append("Labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)) + ".")
+    notes[:1] = [notes[0] + _why_trust(run)] if notes else []
     return f"## Sampling\n\n```python\n{code}```\n\n" + "\n\n".join(notes)
+
+
+def _trust(run: Run) -> str:
+    return ", trust_remote_code=True" if is_carried(scheduler_of(run)) else ""
+
+
+def _why_trust(run: Run) -> str:
+    if not is_carried(scheduler_of(run)):
+        return ""
+    return (
+        f" diffusers has no scheduler of its own for the transition `{run.config.model.transition}` of this model, so "
+        "this folder holds one, `scheduler/few_step_scheduler.py`, which is what is to be trusted."
+    )
 
 
 def _licence(teacher: str | None, revision: str | None) -> str:

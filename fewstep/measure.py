@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.build import Run, exportable
+from fewstep.build import Run, stock_scheduler
 from fewstep.config import FEWEST_SAMPLES
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
@@ -110,7 +110,7 @@ def student(run: Run) -> tuple[Backbone, Rollout]:
 def walked(run: Run, steps: int) -> Rollout:
     """The student's rollout in another number of steps. Raises UserError where its objective refuses that."""
     model = replace(run.config.model, steps=steps)
-    scheduler = exportable(replace(run.config, model=model), run.teacher)
+    scheduler = stock_scheduler(replace(run.config, model=model), run.teacher)
     rollout = run.rollout.over(schedulers.student_steps(run.teacher.schedule, scheduler, steps, run.teacher.shift))
     run.objective.refuse(rollout)
     return rollout

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.build import Run
+from fewstep.carried import carry, is_carried
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.models.backbone import Routed
@@ -51,9 +52,17 @@ class Pixels:
         return pipeline.unet.config.num_class_embeds is not None
 
 
+def draws(scheduler: Any) -> bool:
+    """Whether the scheduler needs noise for which its pipeline hands it no generator, as those of flows do not."""
+    if is_carried(scheduler):
+        said = scheduler.config
+        return said.use_flow_sigmas and not said.again and any(row[-1] for row in said.table)
+    return type(scheduler).__name__ == "FlowMatchLCMScheduler"
+
+
 def draw_from(pipeline: Any, generator: torch.Generator) -> None:
-    """Lets the scheduler of a flow that renoises draw from `generator`: pipelines leave it to the global one."""
-    if type(pipeline.scheduler).__name__ == "FlowMatchLCMScheduler":
+    """Lets a scheduler that renoises draw from `generator`: pipelines of flows leave it to the global one."""
+    if draws(pipeline.scheduler):
         pipeline.scheduler.step = partial(pipeline.scheduler.step, generator=generator)
 
 
@@ -164,6 +173,8 @@ def save_plainly(pipeline: Any, folder: Path) -> None:
     config names, and the pipeline would then mix two. Where the parts came from stays out of their configs.
     """
     pipeline.save_pretrained(folder)
+    if is_carried(pipeline.scheduler):
+        carry(folder)
     for name, node in json.loads((folder / "model_index.json").read_text()).items():
         config = folder / name / "config.json"
         if isinstance(node, list) and config.is_file():

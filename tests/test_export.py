@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from fewstep import build, config
+from fewstep import build, cli, config
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.core.times import Step
@@ -90,6 +90,15 @@ CASES: dict[str, tuple[str, ...]] = {
         ("flow", FLOW, "ode", (1, 2, 4, 8)),
         ("flow", FLOW, "renoise", (1,)),
         ("flow_shifted", (*FLOW, "model.shift=3"), "ode", (1, 4)),
+        # Those with the scheduler that the folder carries.
+        ("epsilon", vp("epsilon"), "gamma", (4,)),
+        ("epsilon", vp("epsilon"), "cps", (2,)),
+        ("v_zero_snr", V0, "gamma", (4,)),
+        ("x0", vp("sample"), "reuse", (4,)),
+        ("flow", FLOW, "renoise", (2, 4)),
+        ("flow", FLOW, "cps", (4,)),
+        ("flow", FLOW, "gamma", (4,)),
+        ("flow_shifted", (*FLOW, "model.shift=3"), "reuse", (4,)),
     ]
     for steps in counts
 }
@@ -147,7 +156,8 @@ diffusers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 root, labels, seed = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 for folder in sorted(p for p in root.iterdir() if (p / "model_index.json").exists()):
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    carried = (folder / "scheduler" / "few_step_scheduler.py").exists()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=carried)
     pipeline.set_progress_bar_config(disable=True)
     states = []
     images = pipeline(
@@ -279,19 +289,22 @@ def test_a_licence_is_carried_over(exported: Exported, tmp_path: Path) -> None:
         run.config.model.teacher = None
 
 
-@pytest.mark.parametrize(
-    ("overrides", "reason"),
-    [
-        ((*FLOW, "model.transition=renoise", "model.steps=2"), "renoise"),
-        ((*FLOW, "model.transition=cps", "model.steps=2"), "flow model"),
-        ((*vp("epsilon"), "model.transition=cps", "model.steps=2"), "transition 'cps'"),
-        ((*vp("epsilon"), "model.transition=gamma", "model.steps=4"), "transition 'gamma'"),
-    ],
-)
-def test_no_stock_route_for_a_transition(tmp_path: Path, overrides: tuple[str, ...], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
-        export(tiny(tmp_path, *overrides), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_carried_scheduler_says_so(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of its folder the card tells whom to trust; unasked diffusers does not run it, nor walk it in other steps."""
+    folder = exported.root / "epsilon-gamma-4"
+    code, card = folder / "scheduler" / "few_step_scheduler.py", (folder / "README.md").read_text()
+    assert "fewstep" not in code.read_text() and len(code.read_text().splitlines()) < 80
+    assert "no scheduler of its own for the transition `gamma`" in card and "trust_remote_code=True" in card
+    assert "global generator" not in card
+    assert "trust" not in (exported.root / "flow-ode-4" / "README.md").read_text()
+    assert not (exported.root / "flow-ode-4" / "scheduler" / code.name).exists()
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"trained for 4 steps, but 2 was given: set num_inference_steps=4"):
+        pipeline(num_inference_steps=2)
+    assert cli.main(["sample", str(folder), f"--out={tmp_path / 'x.png'}"]) == 2
+    assert "carries the scheduler of its own few steps: sample its run folder" in capsys.readouterr().err
 
 
 def test_what_training_alone_tells_a_network_needs_no_input(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from fewstep import build, cli, config, export, routes, runner
+from fewstep import build, carried, cli, config, export, routes, runner
 from fewstep.models import precision, tiny
 from fewstep.models.codec import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
@@ -241,9 +241,10 @@ def test_a_recipe_trains_samples_and_reloads_in_plain_diffusers(recipe: str, tmp
     picture = tmp_path / "x.png"
     assert cli.main(["sample", str(folder), "--prompt", "a red disc", "--count", "1", f"--out={picture}"]) == 0
     assert picture.stat().st_size > 0
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "export")
-    pipeline.set_progress_bar_config(disable=True)
     run = export.load_run(folder)
+    trusted = carried.trusted(carried.scheduler_of(run))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "export", **trusted)
+    pipeline.set_progress_bar_config(disable=True)
     frames = {"num_frames": run.config.data.frames} if run.config.data.frames else {}
     asked = {"height": 16, "width": 16, "num_inference_steps": len(run.rollout), "guidance_scale": 1.0, **frames}
     noise = torch.Generator().manual_seed(3)

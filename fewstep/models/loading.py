@@ -192,6 +192,11 @@ def denoiser(pipeline: Pipeline, weights: bool = True, buffers: bool = False) ->
     kind = _class(str(pipeline.class_of(pipeline.part)))
     net = _network(kind, pipeline.source, weights, buffers, subfolder=pipeline.part, **pipeline.where)
     scheduler_class = getattr(diffusers, pipeline.class_of("scheduler") or "?", None)
+    if pipeline.class_of("scheduler") == "FewStepScheduler":
+        raise UserError(
+            f"the pipeline at {pipeline.source} carries the scheduler of its own few steps: sample its run folder, or "
+            "open it with diffusers as its README.md says"
+        )
     if scheduler_class is None:
         raise UserError(f"the pipeline at {pipeline.source} has no scheduler that diffusers knows")
     return Loaded(net, pretrained(scheduler_class, pipeline.source, subfolder="scheduler", **pipeline.where))

@@ -99,22 +99,16 @@ def renoising_flow_scheduler(steps: int, flow_shift: float = 1.0) -> Any:
 def student_scheduler(
     teacher: Any, kind: Kind, transition: str, steps: int, flow_shift: float = 1.0, prompted: bool = False
 ) -> Any:
-    """The scheduler to save beside a student: `steps` passes, `transition` ode or renoise.
+    """The stock scheduler to save beside a student of `steps` passes; None where diffusers has none for its steps.
 
-    `teacher` is the scheduler the process came from; `prompted` says that the pipeline reads prompts. Raises UserError
-    where stock diffusers has no route.
+    `teacher` is the scheduler the process came from; `prompted` says that the pipeline reads prompts.
     """
     if kind == "flow_prediction":
         if steps > 1 and transition == "renoise" and prompted:
             return renoising_flow_scheduler(steps, flow_shift)
-        if steps > 1 and transition != "ode":
-            raise UserError(
-                f"no stock diffusers scheduler does the transition '{transition}' on this flow model: "
-                f"train {steps} steps with model.transition=ode to export, or sample with fewstep"
-            )
-        return flow_scheduler(flow_shift)
+        return flow_scheduler(flow_shift) if steps == 1 or transition == "ode" else None
     if steps > 1 and transition not in ("ode", "renoise"):
-        raise UserError(f"no stock diffusers scheduler does the transition '{transition}': use ode or renoise")
+        return None
     if transition == "ode" or steps == 1:
         return vp_scheduler(kind, teacher.config)
     return diffusers.LCMScheduler(
