@@ -894,9 +894,10 @@ def make_pairs(run: Run, rows: torch.Tensor, progress: Progress) -> Tensors:
 
 
 def executed(run: Run) -> list[str]:
-    """A line for each role: how its network is executed."""
+    """A line for each role: how its network is executed; then what the objective chose."""
     networks = {role: networks_of(net) for role, net in vars(run.triad).items()}
-    return [f"{role}: {describe_execution(nets[0])}" for role, nets in networks.items() if nets]
+    lines = [f"{role}: {describe_execution(nets[0])}" for role, nets in networks.items() if nets]
+    return [*lines, *run.objective.said]
 
 
 def describe(config: Config) -> list[str]:

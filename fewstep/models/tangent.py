@@ -101,14 +101,21 @@ def _moved(a: Tensor, d: Tensor, far: Tensor) -> Tensor:
 
 
 def choose(net: Backbone, x_t: Tensor, cond: Condition, wanted: Tangent, to: bool = False) -> tuple[Way, str]:
-    """The way to take for this network, and the reason in words; x_t (B, *S) are inputs such as it will see."""
-    if wanted.way != "auto":
-        return wanted.way, "as asked for"
+    """The way to take for this network, and the reason in words; x_t (B, *S) are inputs such as it will see.
+
+    Raises UserError for a way that was asked for and does not pass through the network.
+    """
+    asked: Way = "exact" if wanted.way == "auto" else wanted.way
+    if x_t.is_meta or asked == "difference":
+        return asked, "as asked for"
     x, told = x_t[:1], cond[torch.zeros(1, dtype=torch.long, device=x_t.device)]
     t = x.new_full((1,), 0.5, dtype=torch.float32)
     try:
         along(net, x, t, told, Direction(x, torch.ones_like(t)), "exact", wanted.step, t if to else None)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return "difference", f"forward mode does not pass through this network ({reason})"
-    return "exact", "forward mode passes through this network"
+        why = f"forward mode does not pass through this network ({reason})"
+        if wanted.way == "auto":
+            return "difference", why
+        raise UserError(f"tangent.way={wanted.way} was asked for, but {why}: set it to auto or difference") from None
+    return asked, "forward mode passes through this network" if wanted.way == "auto" else "as asked for"

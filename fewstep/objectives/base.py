@@ -85,6 +85,8 @@ class Objective(nn.Module):
     def __init__(self, config: Any, triad: Triad, rollout: Rollout):
         super().__init__()
         self.config, self.triad, self.rollout = config, triad, rollout
+        self.said: list[str] = []
+        """what a run tells its user of the choices this objective made"""
         self.refuse(rollout)
         self.targets: dict[str, Backbone] = {}
 

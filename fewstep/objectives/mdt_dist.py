@@ -24,9 +24,10 @@ from fewstep.core.errors import UserError
 from fewstep.core.schedule import Flow, add_noise, expand, remap
 from fewstep.core.times import Times
 from fewstep.models.backbone import Backbone
-from fewstep.models.tangent import Direction, Tangent, Way, along, choose
+from fewstep.models.tangent import Direction, Tangent, along
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
+from fewstep.objectives.pieces.derivative import Derivative, refuse_free_end
 from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.flow import as_flow
 from fewstep.objectives.pieces.score_gap import surrogate
@@ -59,15 +60,15 @@ class Config:
             )
 
 
-class Objective(base.Objective):
+class Objective(Derivative, base.Objective):
     roles = ("generator", "real_score")
-    way: Way
 
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
         self.reads = ("x0",) if config.matching else ()
 
     def refuse(self, rollout: Rollout) -> None:
+        refuse_free_end(self.triad.generator)
         if len(rollout) > 1 and rollout.step is not renoise:
             raise UserError(
                 f"{len(rollout)} jumps to the clean sample need fresh noise in between: set model.transition=renoise, "
@@ -75,7 +76,7 @@ class Objective(base.Objective):
             )
 
     def attach(self, x: Tensor, cond: Condition) -> None:
-        self.way, _ = choose(self.flow, x, cond, self.config.tangent) if not x.is_meta else ("exact", "")
+        self.choose_way(self.flow, x, cond)
 
     @property
     def flow(self) -> Backbone:

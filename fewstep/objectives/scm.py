@@ -25,9 +25,10 @@ from fewstep.core.schedule import Trig, add_noise, expand
 from fewstep.core.times import Times
 from fewstep.models.backbone import Backbone
 from fewstep.models.embedders import TimeEmbedder
-from fewstep.models.tangent import Direction, Tangent, Way, along, choose
+from fewstep.models.tangent import Direction, Tangent, along
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs, Turn, Turns, sample_logs
+from fewstep.objectives.pieces.derivative import Derivative, refuse_free_end
 from fewstep.objectives.pieces.flow import as_angles
 from fewstep.objectives.pieces.fresh_noise import refuse_old_noise
 from fewstep.rollout import Rollout
@@ -73,9 +74,8 @@ class States:
     cond: Condition
 
 
-class Objective(base.Objective):
+class Objective(Derivative, base.Objective):
     reads: tuple[str, ...] = ("x0",)
-    way: Way
 
     def __init__(self, config, triad, rollout):
         super().__init__(config, triad, rollout)
@@ -89,11 +89,12 @@ class Objective(base.Objective):
 
     def refuse(self, rollout: Rollout) -> None:
         refuse_old_noise(rollout)
+        refuse_free_end(self.triad.generator)
 
     def attach(self, x: Tensor, cond: Condition) -> None:
         tells = self.tells(self.config)
         told = Condition(cond.inputs, {name: x.new_full((len(x),), value) for name, value in tells.items()})
-        self.way, _ = choose(self.net, x, told, self.config.tangent) if not x.is_meta else ("exact", "")
+        self.choose_way(self.net, x, told)
 
     def learns(self):
         return {} if self.expected is None else {"generator": [self.expected]}

@@ -130,6 +130,12 @@ def test_a_network_that_forward_mode_cannot_enter_gets_differences() -> None:
     net, x = Shut(1.0, 0.7, Flow(), "flow_prediction"), torch.randn(4, 3)
     way, reason = choose(net, x, Condition(), Tangent())
     assert way == "difference" and reason.startswith("forward mode does not pass through this network (")
+    for asked in ("exact", "semi"):
+        with pytest.raises(
+            UserError, match=rf"tangent\.way={asked} was asked for, but .*: set it to auto or difference"
+        ):
+            choose(net, x, Condition(), Tangent(way=asked))  # type: ignore[arg-type]
+    assert choose(net, x, Condition(), Tangent(way="difference")) == ("difference", "as asked for")
 
 
 def test_a_step_that_cannot_be_is_refused() -> None:

@@ -15,6 +15,7 @@ from fewstep import build, config
 from fewstep.core.errors import UserError
 from fewstep.models import schedulers
 from fewstep.objectives import base
+from fewstep.train.loop import train_step
 
 NAMES = [name for name in base.names() if name != "diffusion"]
 GAN = {"gan_weight": 0.1}
@@ -51,13 +52,21 @@ def network(classes: int | None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random ones: `whole` has a null class, `null` and `labels` lack that or any class, `vp` is of another process."""
+    """Random ones: `whole` has a null class, `null` and `labels` lack that or any class.
+
+    Those of another process predict epsilon, the sample, or v where no image is left at t = 1.
+    """
     folder, made = tmp_path_factory.mktemp("teachers"), {}
-    for name, classes in (("whole", 13), ("null", 12), ("labels", None), ("vp", 13)):
+    processes = {
+        "vp": {"prediction_type": "epsilon"},
+        "sample": {"prediction_type": "sample"},
+        "no_image": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    }
+    for name, classes in (("whole", 13), ("null", 12), ("labels", None), *((name, 13) for name in processes)):
         torch.manual_seed(0)
-        net = diffusers.UNet2DModel(**network(classes))
-        scheduler = schedulers.flow_scheduler() if name != "vp" else diffusers.DDIMScheduler(prediction_type="epsilon")
-        pipe = diffusers.DDIMPipeline if name == "vp" else diffusers.ConsistencyModelPipeline
+        net, vp = diffusers.UNet2DModel(**network(classes)), processes.get(name)
+        scheduler = schedulers.flow_scheduler() if vp is None else diffusers.DDIMScheduler(**vp)
+        pipe = diffusers.ConsistencyModelPipeline if vp is None else diffusers.DDIMPipeline
         pipe(unet=net, scheduler=scheduler).save_pretrained(made.setdefault(name, folder / name))
     return made
 
@@ -82,6 +91,7 @@ def run(teachers: dict[str, Path], tmp_path: Path) -> Make:
             "objective": objective,
             "players": {player: {"lr": 1e-3} for player in players if player != without},
             "data": {"source": source, "resolution": 16},
+            "pairs": {"count": 8, "steps": 2},
         }
         file = tmp_path / "bad.yaml"
         file.write_text(yaml.safe_dump(one))
@@ -193,3 +203,40 @@ def test_a_sum_draws_its_critic_to_the_generator_where_a_term_does(run: Make) ->
     terms = [{"name": "dmd2"}, {"name": "flash_dmd", "critic_average": 0.9}]
     assert [pull.decay for pull in run("sum", terms=terms).players["generator"].pulls] == [0.9]
     assert run("sum", terms=[{"name": "disback"}, {"name": "dmd2"}]).objective.generates(0) is False
+
+
+@pytest.mark.parametrize("name", ["mdt_dist", "rcm", "sana_sprint", "scm", "tbcm"])
+def test_a_network_without_a_boundary_in_continuous_time(name: str, run: Make) -> None:
+    with pytest.raises(UserError, match=r"predicts the sample need not give x back at t = 0, .* epsilon, v or a flow"):
+        run(name, "sample")
+
+
+def test_on_a_grid_the_boundary_is_in_the_target(run: Make) -> None:
+    for name, own in (("consistency", {}), ("rcm", {"discrete": {"name": "consistency"}})):
+        assert run(name, "sample", **own).triad.generator.kind == "sample"
+
+
+FLOWS_ALONE = ("arcflow", "tmd", "twinflow")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*FLOWS_ALONE, "tcm", "uni_dad")])
+def test_a_process_that_leaves_no_image_at_the_end(name: str, run: Make, tmp_path: Path) -> None:
+    """alpha(1) = 0: nothing divides by it."""
+    made = run(name, "no_image")
+    build.prepare(made, tmp_path)
+    batches = build.batches(made)
+    for step in range(2):
+        logs = train_step(made.objective, batches(step), step, made.players)
+        assert logs and all(torch.as_tensor(value).isfinite().all() for value in logs.values())
+
+
+@pytest.mark.parametrize("name", FLOWS_ALONE)
+def test_a_process_that_is_no_flow(name: str, run: Make) -> None:
+    with pytest.raises(UserError, match=r"take a flow teacher"):
+        run(name, "no_image")
+
+
+def test_a_run_says_how_derivatives_are_taken(run: Make) -> None:
+    said = "derivative of the generator: exact, forward mode passes through this network"
+    assert build.executed(run("scm"))[-1] == said
+    assert build.executed(run("meanflow", tangent={"way": "difference"}))[-1].endswith("difference, as asked for")

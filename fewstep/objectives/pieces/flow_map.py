@@ -17,8 +17,9 @@ from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
 from fewstep.core.schedule import Flow, add_noise, expand, remap
 from fewstep.models.backbone import Backbone
-from fewstep.models.tangent import Direction, Way, along, choose
+from fewstep.models.tangent import Direction, along
 from fewstep.objectives import base
+from fewstep.objectives.pieces.derivative import Derivative
 from fewstep.objectives.pieces.flow import as_flow
 from fewstep.rollout import Rollout, jumps
 
@@ -47,15 +48,14 @@ class TwoTimes(base.Objective):
         return scale * z, t
 
 
-class FlowMap(TwoTimes):
+class FlowMap(Derivative, TwoTimes):
     """Learns from a derivative: its Config has `tangent`; `interval` also needs `times` and `equal`."""
 
     stream: ClassVar[str] = "flow_map"
     """what its draws are called"""
-    way: Way
 
     def attach(self, x: Tensor, cond: Condition) -> None:
-        self.way, _ = choose(self.flow, x, cond, self.config.tangent, to=True) if not x.is_meta else ("exact", "")
+        self.choose_way(self.flow, x, cond, to=True)
 
     def interval(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """t and s <= t, each (B,), of the flow; s = t in a share `equal` of the rows."""
