@@ -473,6 +473,7 @@ def assemble(
         if named := getattr(term.config, "reward", None):
             term.reward = rewards.open_reward(named, source, teacher.codec)  # type: ignore[assignment]
     _check_reads(config, objective, source)
+    _check_boundary(config, teacher)
     if not teacher.guides and conditions.of(torch.arange(1)).inputs:
         _check_dropout(objective)
     if config.batch // config.micro_batches % objective.group:
@@ -501,6 +502,15 @@ def _maker(
     what = "pairs.of=previous"
     load_weights(maker, _of_previous("previous.generator", previous, what), what)
     return maker.to(device)
+
+
+def _check_boundary(config: Config, teacher: Teacher) -> None:
+    name = config.objective.name  # type: ignore[attr-defined]
+    if teacher.kind == "sample" and objectives.find(name).Objective.by_derivative(config.objective):
+        raise UserError(
+            "a network that predicts the sample need not give x back at t = 0, and the derivatives of "
+            f"objective {name} do not hold it there: take a teacher that predicts epsilon, v or a flow, or consistency"
+        )
 
 
 def _check_reads(config: Config, objective: Objective, source: Source) -> None:

@@ -115,6 +115,11 @@ class Objective(nn.Module):
         """Further dials of the generator, told in training and when it is sampled, and their values in the latter."""
         return {}
 
+    @classmethod
+    def by_derivative(cls, config: Any) -> bool:
+        """Whether derivatives alone say where it leads, so that x0 at t = 0 has to be x by construction."""
+        return False
+
     def refuse(self, rollout: Rollout) -> None:
         """Raises UserError for a rollout by which what this objective makes must not be sampled."""
 

@@ -15,6 +15,7 @@ steps renoise. Phases with ends of their own are not here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from fewstep.models.backbone import Backbone
 from fewstep.models.tangent import Direction, Tangent, along
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs
-from fewstep.objectives.pieces.derivative import Derivative, refuse_free_end
+from fewstep.objectives.pieces.derivative import Derivative
 from fewstep.objectives.pieces.exits import Exits
 from fewstep.objectives.pieces.flow import as_flow
 from fewstep.objectives.pieces.score_gap import surrogate
@@ -67,8 +68,11 @@ class Objective(Derivative, base.Objective):
         super().__init__(config, triad, rollout)
         self.reads = ("x0",) if config.matching else ()
 
+    @classmethod
+    def by_derivative(cls, config: Any) -> bool:
+        return True
+
     def refuse(self, rollout: Rollout) -> None:
-        refuse_free_end(self.triad.generator)
         if len(rollout) > 1 and rollout.step is not renoise:
             raise UserError(
                 f"{len(rollout)} jumps to the clean sample need fresh noise in between: set model.transition=renoise, "

@@ -19,8 +19,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.times import Times
 from fewstep.objectives import consistency, dmd2, scm
 from fewstep.objectives.base import Logs, Turn, Turns, sample_logs
-from fewstep.objectives.pieces.fresh_noise import refuse_old_noise
-from fewstep.rollout import Rollout, Sample
+from fewstep.rollout import Sample
 
 
 @dataclass
@@ -63,11 +62,9 @@ class Objective(scm.Objective):
         reads = {"x0" if self.on_grid or config.data == "real" else "pair"} if config.consistency else set()
         self.reads = tuple(sorted(reads | set(self.matching.reads if self.matching else ())))
 
-    def refuse(self, rollout: Rollout) -> None:
-        if self.config.consistency and self.config.discrete is None:
-            super().refuse(rollout)
-        else:
-            refuse_old_noise(rollout)
+    @classmethod
+    def by_derivative(cls, config: Any) -> bool:
+        return bool(config.consistency) and config.discrete is None
 
     @classmethod
     def needs(cls, config: Any) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from fewstep.models.embedders import TimeEmbedder
 from fewstep.models.tangent import Direction, Tangent, along
 from fewstep.objectives import base
 from fewstep.objectives.base import Logs, Turn, Turns, sample_logs
-from fewstep.objectives.pieces.derivative import Derivative, refuse_free_end
+from fewstep.objectives.pieces.derivative import Derivative
 from fewstep.objectives.pieces.flow import as_angles
 from fewstep.objectives.pieces.fresh_noise import refuse_old_noise
 from fewstep.rollout import Rollout
@@ -87,9 +87,12 @@ class Objective(Derivative, base.Objective):
     def needs(cls, config: Any) -> tuple[str, ...]:
         return ("generator", "real_score") if config.mode == "distillation" else ("generator",)
 
+    @classmethod
+    def by_derivative(cls, config: Any) -> bool:
+        return True
+
     def refuse(self, rollout: Rollout) -> None:
         refuse_old_noise(rollout)
-        refuse_free_end(self.triad.generator)
 
     def attach(self, x: Tensor, cond: Condition) -> None:
         tells = self.tells(self.config)

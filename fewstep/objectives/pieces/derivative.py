@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.core.batch import Condition
-from fewstep.core.errors import UserError
 from fewstep.models.backbone import Backbone
 from fewstep.models.tangent import Way, choose
 
@@ -24,12 +23,3 @@ class Derivative:
         self.way, why = choose(net, x, cond, self.config.tangent, to)
         if not x.is_meta:
             self.said.append(f"derivative of the generator: {self.way}, {why}")
-
-
-def refuse_free_end(net: Backbone) -> None:
-    """Raises UserError for a network whose x0 at t = 0 need not be x: a derivative does not see what is added to it."""
-    if net.kind == "sample":
-        raise UserError(
-            "a network that predicts the sample need not give x back at t = 0, and no derivative holds it there: "
-            "take a teacher that predicts epsilon, v or a flow, or objective.name=consistency"
-        )
