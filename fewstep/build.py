@@ -581,8 +581,6 @@ def build_triad(
     _check_experts(config, rollout)
     triad: dict[str, Backbone] = {}
     told = dials or {}
-    if any(told.values()) and processes.size() > 1:
-        raise UserError("an objective that tells its generator more than the time is for one process")
     for role, networks in _networks(config, teacher, roles, device, idle).items():
         if role == "generator":
             networks = [wrapped(network) for network in networks]

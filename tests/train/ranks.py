@@ -58,6 +58,9 @@ SCENES = {
     "voices": Scene("dmd2-teacher/flow", steps=3, learn="shared"),
     "checkpointed": Scene("dmd2/flow", steps=2, checkpointed=True),
     "replicated": Scene("dmd2/flow", steps=3, parts=2, inside=1),
+    "derivative": Scene("scm/flow", steps=3),
+    "second_time": Scene("meanflow/flow", steps=3),
+    "told": Scene("lcm/flow", steps=3),
 }
 
 

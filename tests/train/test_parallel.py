@@ -150,3 +150,17 @@ def test_the_command_line_under_a_launcher(launcher: str, tiny_teacher: Path, tm
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["0000002", "0000003"]
     assert "run folder" in done.stdout and done.stdout.count("run folder") == 1
     assert done.stderr.count("3/3") >= 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lcm", "meanflow"])
+def test_what_the_generator_is_told_starts_alike_on_two_processes(name: str, tmp_path: Path) -> None:
+    """Its embedders are whole in each; a derivative passes through what is sharded."""
+    quick = ["steps=3", "batch=4", "evals.every=0", "evals.samples=0", "save.export=false", "device=cpu"]
+    train = ["-m", "fewstep.cli", "train", f"configs/scenes/{name}.yaml", *quick, "--out"]
+    one = subprocess.run([sys.executable, *train, str(tmp_path / "1")], cwd=ROOT, capture_output=True, check=False)
+    two = launched("torchrun", *train, str(tmp_path / "2"))
+    assert one.returncode == two.returncode == 0, two.stderr[-4000:]
+    logs = [next((tmp_path / number).glob("*/log.jsonl")).read_text().splitlines() for number in "12"]
+    norms = [[json.loads(line)["generator/grad_norm"] for line in log] for log in logs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and len(norms[0]) == 3
