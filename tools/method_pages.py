@@ -9,6 +9,7 @@ are those of assets/benchmarks/scenes/rows.jsonl. `--check` writes nothing and f
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ PAGES = Path("assets/methods")
 NOTES = Path("tools/method_notes.yaml")
 
 
+@functools.cache
 def notes() -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(NOTES))  # type: ignore[return-value]
 
@@ -46,11 +48,17 @@ def keys(name: str) -> str:
     return "\n".join(lines)
 
 
-def configs(name: str) -> list[str]:
-    """The configs of the scenes whose last stage has this objective."""
+@functools.cache
+def ends() -> dict[Path, str]:
+    """The configs of the scenes, and the objective of the last stage of each."""
     files = sorted(Path("configs/scenes").glob("*.yaml"))
     own = [file for file in files if file.name != "base.yaml"]
-    return [str(file) for file in own if config.load(file)[-1].objective.name == name]  # type: ignore[attr-defined]
+    return {file: config.load(file)[-1].objective.name for file in own}  # type: ignore[attr-defined]
+
+
+def configs(name: str) -> list[str]:
+    """The configs that end with this objective."""
+    return [str(file) for file, last in ends().items() if last == name]
 
 
 def measured(name: str) -> str:
