@@ -232,7 +232,12 @@ def two_real_steps(stage: Path) -> None:
     assert set(moves) == set(settings.players) and all(moves.values())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+QUICK = ("sd15_dmd2", "sd21_agd", "sd35_ac_dmd", "sdxl_hyper_sd", "sdxl_tcd", "wan21_phased_dmd", "wan21_rcm")
+"""Between them they have every family, stages, both kinds of adapters, and exports of each kind."""
+PLAYED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", PLAYED)
 def test_a_recipe_trains_samples_and_reloads_in_plain_diffusers(recipe: str, tmp_path: Path) -> None:
     """The exported folder's latents equal our sampler's from the same noise, to 1e-4 of the largest."""
     folder = play(recipe, tmp_path / "runs")

@@ -34,7 +34,7 @@ class Outcomes:
 
 
 RESULT = Path("assets/benchmarks/tests.json")
-EVERY = ["-q", "-m", "slow or not slow", "--override-ini=addopts=--strict-markers"]
+EVERY = ["-q", "-m", "slow or not slow", "--override-ini=addopts=--strict-markers", "-n", "2", "--dist", "loadfile"]
 
 
 def head() -> str:

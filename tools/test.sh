@@ -10,5 +10,5 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 if [ "${1:-}" = "--all" ]; then
     .venv/bin/python tools/slow_tests.py
 else
-    .venv/bin/python -m pytest
+    .venv/bin/python -m pytest -n 2 --dist loadfile
 fi

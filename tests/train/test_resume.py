@@ -56,7 +56,7 @@ def whole(tiny_teacher: Path, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("step", [1, 5, 10])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_bit_exact(step: int, whole: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(command(tiny_teacher, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_step(tmp_path, step)
