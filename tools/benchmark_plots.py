@@ -18,7 +18,7 @@ COLUMNS = {
     "label_accuracy": ("label accuracy", "{:.3f}"),
     "law_distance": ("law distance", "{:.3f}"),
 }
-MARKERS = {1: "o", 4: "s"}
+MARKERS, COLOURS = {1: "o", 4: "s"}, {1: "#D55E00", 4: "#0072B2"}
 
 
 def write(folder: Path, rows: list[Row]) -> None:
@@ -29,7 +29,7 @@ def write(folder: Path, rows: list[Row]) -> None:
         by_name[row["name"]].append(row)
     methods = sorted(by_name.values(), key=lambda own: (own[0]["steps"], mean(row["frechet"] for row in own)))
     (folder / "table.md").write_text(table(methods))
-    scatter(folder / "quality_diversity.png", methods)
+    side_by_side(folder / "quality_diversity.png", methods)
     cost(folder / "cost.png", [own for own in methods if "training" in own[0]])
     if walked := [own for own in methods if any("by_steps" in row for row in own)]:
         by_steps(folder / "steps.png", walked)
@@ -63,27 +63,36 @@ def _cell(values: list[float], form: str) -> str:
     return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
-def scatter(file: Path, methods: list[list[Row]]) -> None:
-    """Frechet distance (log) over coverage, and over same-label diversity; circles one step, squares four."""
+def side_by_side(file: Path, methods: list[list[Row]]) -> None:
+    """A line a method: Frechet distance (log), coverage and diversity; circles one step, squares four."""
     pyplot = _pyplot()
-    names = sorted({title(own[0]) for own in methods})
-    colours = dict(zip(names, _colours(pyplot, len(names)), strict=True))
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.6), sharey=True, layout="constrained")
-    for axis, key in zip(axes, ("coverage", "diversity"), strict=True):
+    made = [own for own in methods if own[0]["steps"] in MARKERS]
+    best: dict[str, float] = {}
+    for own in made:
+        distance = mean(row["frechet"] for row in own)
+        best[title(own[0])] = min(distance, best.get(title(own[0]), distance))
+    names = sorted(best, key=best.__getitem__, reverse=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 1.5 + 0.21 * len(names)), sharey=True, layout="constrained")
+    for axis, key in zip(axes, ("frechet", "coverage", "diversity"), strict=True):
+        for own in made:
+            values = [row[key] for row in own]
+            place = (mean(values), names.index(title(own[0])))
+            marker, colour = MARKERS[own[0]["steps"]], COLOURS[own[0]["steps"]]
+            spread = stdev(values) if len(values) > 1 else 0
+            axis.errorbar(*place, xerr=spread, marker=marker, color=colour, linestyle="", markersize=6, alpha=0.9)
         for own in methods:
-            x, y = mean(row[key] for row in own), mean(row["frechet"] for row in own)
-            marker = MARKERS.get(own[0]["steps"], "*")
-            style = {"color": colours[title(own[0])], "markersize": 9, "alpha": 0.9, "markeredgecolor": "white"}
-            spread = [stdev(row[k] for row in own) if len(own) > 1 else 0 for k in (key, "frechet")]
-            axis.errorbar(x, y, xerr=spread[0], yerr=spread[1], marker=marker, linestyle="", **style)
-        axis.set(xlabel=f"{COLUMNS[key][0]}" + (" (truth = 1)" if key == "diversity" else ""), yscale="log")
+            if own[0]["steps"] not in MARKERS:
+                axis.axvline(mean(row[key] for row in own), color="black", linestyle="--", linewidth=1)
+        axis.set(xlabel=COLUMNS[key][0] + (" (truth = 1)" if key == "diversity" else ""))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("Frechet distance to truth (lower is better)")
-    dots = {name: pyplot.Line2D([], [], marker="o", color=colours[name], linestyle="") for name in names}
-    for steps, marker in {**{f"{n} step{'s' * (n > 1)}": m for n, m in MARKERS.items()}, "50 steps": "*"}.items():
-        dots[steps] = pyplot.Line2D([], [], marker=marker, color="white", markeredgecolor="black", linestyle="")
-    figure.legend(dots.values(), dots.keys(), loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(file, dpi=120)
+    axes[0].set(xscale="log", yticks=range(len(names)), yticklabels=names, ylim=(-0.7, len(names) - 0.3))
+    marks = {
+        f"{n} step{'s' * (n > 1)}": {"marker": m, "linestyle": "", "color": COLOURS[n]} for n, m in MARKERS.items()
+    }
+    marks["teacher, 50 steps"] = {"linestyle": "--", "color": "black"}
+    lines = [pyplot.Line2D([], [], **style) for style in marks.values()]
+    figure.legend(lines, marks.keys(), loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
 
@@ -104,11 +113,11 @@ def by_steps(file: Path, methods: list[list[Row]]) -> None:
     """Frechet distance (log) of students of four steps that are walked in other numbers of them."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
-    for own, colour in zip(methods, _colours(pyplot, len(methods)), strict=True):
+    for i, (own, colour) in enumerate(zip(methods, _colours(pyplot, len(methods)), strict=True)):
         found = [row["by_steps"] for row in own if "by_steps" in row]
         counts = sorted({int(steps) for walk in found for steps in walk})
         means = [mean(walk[str(n)]["frechet"] for walk in found if str(n) in walk) for n in counts]
-        axis.plot(counts, means, marker="o", color=colour, label=title(own[0]))
+        axis.plot(counts, means, "-" if i % 2 else "--", marker="o", color=colour, label=title(own[0]))
     axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance to truth (lower is better)")
     axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axis.minorticks_off()
@@ -128,5 +137,4 @@ def _pyplot() -> Any:
 
 
 def _colours(pyplot: Any, count: int) -> list[Any]:
-    wheel = [*pyplot.get_cmap("tab20").colors, *pyplot.get_cmap("tab20b").colors, *pyplot.get_cmap("tab20c").colors]
-    return wheel[:count]
+    return [pyplot.get_cmap("nipy_spectral")(0.05 + 0.9 * i / max(1, count - 1)) for i in range(count)]
