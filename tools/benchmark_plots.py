@@ -22,14 +22,15 @@ MARKERS, COLOURS = {1: "o", 4: "s"}, {1: "#D55E00", 4: "#0072B2"}
 
 
 def write(folder: Path, rows: list[Row]) -> None:
-    """table.md, quality_diversity.png and cost.png in `folder`."""
+    """table.md and the pictures in `folder`."""
     rows = [with_rare(row) for row in rows]
     by_name: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_name[row["name"]].append(row)
     methods = sorted(by_name.values(), key=lambda own: (own[0]["steps"], mean(row["frechet"] for row in own)))
     (folder / "table.md").write_text(table(methods))
-    side_by_side(folder / "quality_diversity.png", methods)
+    scatter(folder / "quality_diversity.png", methods)
+    side_by_side(folder / "methods.png", methods)
     cost(folder / "cost.png", [own for own in methods if "training" in own[0]])
     if walked := [own for own in methods if any("by_steps" in row for row in own)]:
         by_steps(folder / "steps.png", walked)
@@ -61,6 +62,31 @@ def _cell(values: list[float], form: str) -> str:
     if not values:
         return ""
     return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
+
+
+def scatter(file: Path, methods: list[list[Row]]) -> None:
+    """Frechet distance (log) over same-label diversity, coloured by coverage; a panel a number of steps."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 7), sharey=True, layout="constrained")
+    for axis, steps in zip(axes, MARKERS, strict=True):
+        own = [rows for rows in methods if rows[0]["steps"] in (steps, 50)]
+        x, y, colour = (
+            [mean(row[key] for row in rows) for rows in own] for key in ("diversity", "frechet", "coverage")
+        )
+        dots = axis.scatter(x, y, c=colour, vmin=0, vmax=0.85, s=60, edgecolors="white", zorder=3)
+        axis.set(xlabel="same-label diversity (truth = 1)", yscale="log", title=f"{steps} step{'s' * (steps > 1)}")
+        axis.grid(alpha=0.3)
+        # The names stand in a column of their own, for many points lie on one another.
+        order = sorted(range(len(own)), key=y.__getitem__)
+        for place, i in enumerate(order):
+            height = (place + 0.5) / len(order)
+            text = {"xytext": (1.04, height), "textcoords": "axes fraction", "va": "center", "fontsize": 8}
+            line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.4, "relpos": (0, 0.5)}
+            axis.annotate(title(own[i][0]), (x[i], y[i]), **text, arrowprops=line)
+    axes[0].set_ylabel("Frechet distance to truth (lower is better)")
+    figure.colorbar(dots, ax=axes, label="coverage", location="bottom", shrink=0.4, pad=0.02)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
 
 
 def side_by_side(file: Path, methods: list[list[Row]]) -> None:
