@@ -487,21 +487,7 @@ def assemble(
         objective.attach(*(part.to(where) for part in inputs))
     shaped.place(objective, device)  # what an objective keeps of an idle network is shaped too
     players = build_players(config, triad, objective)
-    made = (config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
-    return Run(*made, maker=_maker(config, teacher, objective, previous, device))
-
-
-def _maker(
-    config: Config, teacher: Teacher, objective: Objective, previous: Path | None, device: torch.device
-) -> Backbone | None:
-    """The earlier stage's student, where it makes the pairs of this one."""
-    if config.pairs.of == "teacher" or "pair" not in objective.reads:
-        return None
-    net = _student(config, teacher) if config.model.student is not None else copy.deepcopy(teacher.net)
-    maker = teacher.backbone(net).eval().requires_grad_(False)
-    what = "pairs.of=previous"
-    load_weights(maker, _of_previous("previous.generator", previous, what), what)
-    return maker.to(device)
+    return Run(config, device, source, teacher, rollout, triad, objective, players, scheduler, shape, conditions)
 
 
 def _check_boundary(config: Config, teacher: Teacher) -> None:
@@ -756,15 +742,33 @@ def batches(run: Run) -> Callable[[int], list[Batch]]:
 def prepare(run: Run, root: Path, previous: Path | None = None) -> None:
     """Gives the run what must be there before the first step: the teacher's pairs and the latents, where it reads them.
 
-    They are found in `data.prepared`; without it they are made in the run folder `root`, where an interrupted run goes
-    on making them, or those of the stage before are used again where they are the same.
-    Raises UserError for a folder `data.prepared` that does not hold them.
+    They are found in `data.prepared`; without it, or where the student of the stage before makes them, they are made
+    in the run folder `root`, where an interrupted run goes on making them, or those of the stage before are used again
+    where they are the same. Raises UserError for a folder `data.prepared` that does not hold them.
     """
     prepared = run.config.data.prepared
+    if run.config.pairs.of == "previous" and "pair" in run.objective.reads:
+        run.maker = _maker(run, previous)
     for made in to_make(run, texts=prepared is not None):
-        made.take(made.found_or_filled([root, previous]) if prepared is None else made.found(Path(prepared)))
+        if prepared is None or (run.maker is not None and made.unit == "pair"):
+            made.take(made.found_or_filled([root, previous]))
+        else:
+            made.take(made.found(Path(prepared)))
     if run.teacher.codec is not None and "x0" in run.objective.reads:
         _check_scale(run)
+
+
+def _maker(run: Run, previous: Path | None) -> Backbone:
+    """The earlier stage's student, which makes the pairs of this one. Raises UserError where there is none."""
+    what = "pairs.of=previous"
+    if processes.size() > 1:
+        raise UserError(
+            f"{what} is for one process: make each round a run of its own, with the last one's export as teacher"
+        )
+    net = _student(run.config, run.teacher) if run.config.model.student is not None else copy.deepcopy(run.teacher.net)
+    maker = run.teacher.backbone(net).eval().requires_grad_(False)
+    load_weights(maker, _of_previous("previous.generator", previous, what), what)
+    return maker.to(run.device)
 
 
 def to_make(run: Run, texts: bool) -> list[Made]:

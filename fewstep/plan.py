@@ -27,6 +27,7 @@ from fewstep.models.codec import Codec, open_codec
 from fewstep.models.fake import Fake, become_fake
 from fewstep.models.lora import LoraSpec
 from fewstep.models.passes import networks_of
+from fewstep.objectives.pieces.derivative import Derivative
 from fewstep.pairs import Pairs
 from fewstep.train.live_bytes import GATHERED
 from fewstep.train.parallel import blocks_of
@@ -88,6 +89,9 @@ def shaped(setting: Setting, mode: Fake) -> Run:
             f"micro-batches: make batch a multiple of {unit}"
         )
     become_fake(_modules(run), mode, device)
+    for part in run.objective.modules():
+        if isinstance(part, Derivative):  # forward mode does not enter such tensors, and a pass with a graph holds more
+            part.way = "difference"
     for player in run.players.values():
         player.enlist()
     # A thread would make real tensors: it does not know of the mode.

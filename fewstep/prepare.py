@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewstep import build, config
+from fewstep.config import Config
 from fewstep.made import refuse_other
 from fewstep.runner import tell_skipped
 
@@ -21,9 +22,11 @@ def prepare(file: Path, overrides: Sequence[str], out: Path | None) -> None:
     folder = out or Path(stages[0].data.prepared or f"prepared/{stages[0].name}")
     earlier: list[Path] = []
     for i, stage in enumerate(stages, 1):
-        run = build.build(replace(stage, start={}))
+        run = build.build(_alone(stage))
         place = folder if len(stages) == 1 else folder / f"stage_{i}"
-        made = build.to_make(run, texts=True)
+        made = [one for one in build.to_make(run, texts=True) if one.unit != "pair" or stage.pairs.of == "teacher"]
+        if stage.pairs.of == "previous":
+            print(f"stage {i}: its pairs are made by the student before it, when that has been trained")
         new = [one for one in made if not any(one.store(before).finished() for before in earlier)]
         for one in new:
             store = one.store(place)
@@ -36,3 +39,11 @@ def prepare(file: Path, overrides: Sequence[str], out: Path | None) -> None:
         print(f"made in {folder}: train with data.prepared={folder}")
     else:
         print(f"the training of {stages[0].name} reads nothing that can be made before")
+
+
+def _alone(stage: Config) -> Config:
+    """The stage without the weights that one before it leaves: it reads the same."""
+    objective, previous = stage.objective, "previous."
+    if str(getattr(objective, "target_teacher", None)).startswith(previous):
+        objective = replace(objective, target_teacher=stage.model.teacher)  # type: ignore[type-var]
+    return replace(stage, start={}, objective=objective)

@@ -234,3 +234,13 @@ def test_an_offloaded_teacher_is_not_counted(tiny_teacher: Path, monkeypatch: py
     )
     assert plain.of_kind("weights", role="real_score") > 0 == away.of_kind("weights", role="real_score")
     assert plain.of_kind("weights", role="generator") == away.of_kind("weights", role="generator")
+
+
+SCENES = [file for file in sorted(Path("configs/scenes").glob("*.yaml")) if file.stem != "base"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SCENES, ids=[file.stem for file in SCENES])
+def test_every_config_has_a_plan(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan.show(file, [], 1, None)
+    assert capsys.readouterr().out.count("peak of a step: ") == len(config.load(file))

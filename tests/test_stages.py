@@ -148,6 +148,21 @@ def test_stopped_inside_a_stage_the_rest_is_played_to_the_same_bits(
     assert [checkpoint.sha256(state) for state in last] == before
 
 
+def test_what_can_be_made_before_the_rounds_is(
+    tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first round's pairs; the others' are made while training, which finds the first's."""
+    given = ["configs/scenes/reflow_rounds.yaml", *SMALL, f"model.teacher={tiny_teacher}"]
+    assert cli.main(["prepare", *given, f"--out={tmp_path / 'made'}"]) == 0
+    assert capsys.readouterr().out.count("its pairs are made by the student before it") == 2
+    assert len(list((tmp_path / "made").rglob("pairs_*/index.json"))) == 1
+    assert cli.main(["train", *given, f"data.prepared={tmp_path / 'made'}", f"--out={tmp_path / 'runs'}"]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert sorted(file.parts[-3] for file in run.rglob("pairs_*/index.json")) == ["stage_2", "stage_3"]
+    assert cli.main(["sample", str(run), f"--out={tmp_path / 'x.png'}"]) == 0
+    assert cli.main(["prepare", "configs/scenes/progressive.yaml", *given[1:], f"--out={tmp_path / 'none'}"]) == 0
+
+
 def test_another_round_of_reflow_asks_the_student_before(tiny_teacher: Path, tmp_path: Path) -> None:
     """Its pairs are those that the first round's average leads to, not the teacher's; without a first round, none."""
     run = play("reflow_rounds", tiny_teacher, tmp_path / "out", "players.generator.lr=1e-2")
@@ -155,9 +170,9 @@ def test_another_round_of_reflow_asks_the_student_before(tiny_teacher: Path, tmp
     stages = config.load("configs/scenes/reflow_rounds.yaml", given)
     stages[1].start = {}
     with pytest.raises(UserError, match=r"pairs\.of=previous: there is no earlier stage"):
-        build.build(stages[1])
+        build.prepare(build.build(stages[1]), tmp_path)
     second = build.build(stages[1], run / "stage_1")
-    build.prepare(second, tmp_path)
+    build.prepare(second, tmp_path, run / "stage_1")
     assert second.pairs is not None and second.maker is not None
     rows, walk = torch.arange(8), Rollout([Step(0.999, 0.999), Step(0.499, 0.4995)], ode)
     noise, cond = noise_of(7, rows, second.shape), second.pairs.cond
