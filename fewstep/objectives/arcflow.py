@@ -6,6 +6,9 @@ where the policy leads, or, in a share of the rows that falls to 0 during `mixin
 does. The policy's mean velocity over a short window below a is drawn to the teacher's velocity at that state:
 
     L = E |mean velocity from a to a - window - v(x_a, a)|^2
+
+The official code lets parts of the policy's and of the teacher's way alternate inside of a segment, and looks at four
+states of it; here each row has one state, made by the one or the other.
 """
 
 from __future__ import annotations
@@ -68,7 +71,9 @@ class Objective(base.Objective):
         low = self.rollout.level_after(index)
         a = low + (policy.t - low) * batch.draw.uniform("arcflow.a").to(policy.t)
         with torch.no_grad():
-            x_a = torch.where(self.taught(batch, step, start), self.by_teacher(start, policy.t, a, batch), policy.to(a))
+            x_a = policy.to(a)
+            if step < self.config.mixing:
+                x_a = torch.where(self.taught(batch, step, x_a), self.by_teacher(start, policy.t, a, batch), x_a)
             v = self.triad.real_score(x_a, a, batch.cond).velocity
         mean = policy.between(a, (a - self.config.window).clamp(min=low))
         yield Turn("generator", (mean - v).square().mean(), sample_logs(policy.x0, batch))
@@ -87,8 +92,7 @@ class Objective(base.Objective):
 
     def taught(self, batch: Batch, step: int, like: Tensor) -> Tensor:
         """(B, 1, .., 1) whose state the teacher makes."""
-        share = max(0.0, 1 - step / self.config.mixing) if self.config.mixing else 0.0
-        return expand(batch.draw.uniform("arcflow.taught") < share, like)
+        return expand(batch.draw.uniform("arcflow.taught") < 1 - step / self.config.mixing, like)
 
     def by_teacher(self, x: Tensor, t: Tensor, a: Tensor, batch: Batch) -> Tensor:
         count = self.config.teacher_steps

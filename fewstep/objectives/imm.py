@@ -8,8 +8,9 @@ squared maximum mean discrepancy of two groups under a Laplace kernel,
     w(t) = 1/2 sigmoid(b - l) (-l') alpha / (alpha^2 + sigma^2),                  l = log(alpha^2 / sigma^2)
     r = max(s, the time whose sigma / alpha is lower than that of t by 2^-gap of their whole range)
 
-With r = s the other group is data. With M = 1 it is consistency training. Particles keep conditions of their own: two
-groups of any labels agree on average only if the laws of each label do. Guidance is not here.
+With r = s the other group is data. With M = 1 it is consistency training. Particles keep conditions of their own, so
+that the terms of two different particles see the law over all labels and the M of one with itself its label. No time
+beyond `times` is trained, while a walk begins at 1 and ends at 0. Guidance is not here.
 """
 
 from __future__ import annotations
@@ -75,12 +76,17 @@ class Objective(TwoTimes):
         """t > r >= s, each (B,), alike in a group."""
         drawn = (self.grouped(batch.draw.uniform(f"imm.{name}"))[:, :1] for name in ("t", "s"))
         for_t, for_s = (u.expand(-1, self.group).flatten() for u in drawn)
-        low, high = self.config.times.low, self.config.times.high
+        low = self.config.times.low
         t = self.config.times(for_t, self.flow.schedule).to(batch.noise.device)
         t = t.minimum(self.noisiest(batch.noise)[1])
         s = low + for_s.to(t.device) * (t - low)
-        nearer = t / (1 - t) - (high / (1 - high) - low / (1 - low)) / 2**self.config.gap
-        return t, torch.maximum(s, nearer / (1 + nearer).clamp(min=1e-6)), s
+        return t, torch.maximum(s, self.nearer(t)), s
+
+    def nearer(self, t: Tensor) -> Tensor:
+        """The time (B,) that lies one step of the range nearer than t; below 0 where that leaves it."""
+        low, high = self.config.times.low, self.config.times.high
+        ratio = t / (1 - t) - (high / (1 - high) - low / (1 - low)) / 2**self.config.gap
+        return ratio / (1 + ratio).clamp(min=1e-6)
 
     def weight(self, t: Tensor) -> Tensor:
         """w (B,)."""

@@ -7,9 +7,9 @@ it is, with v of the (guided) teacher and the derivative along the flow:
     velocity matching        |u - sg(u - g)|^2    at data, noised to t
     velocity distillation    g at the student's own samples, noised to t, is the gradient of the velocity that made them
 
-For u + t du/dt is the velocity of the student's own samples: the second term is the score gap without a critic. The
-official code can normalise du/dt alone, which moves the zero of both. The network is told no second time, so several
-steps renoise. Phases with ends of their own are not here.
+With v_s the velocity of the student's own samples, g = (1 - t du/dx)(v_s - v): the second term has the zero of the
+score gap without a critic, but not its length. The official code can normalise du/dt alone, which moves the zero of
+both. The network is told no second time, so several steps renoise. Phases with ends of their own are not here.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Objective(FlowMap):
         return line if self.config.mode == "training" else as_flow(self.triad.real_score)(x_t, t, cond).velocity
 
     def distance(self, u: Tensor, target: Tensor) -> tuple[Tensor, Logs]:
-        """The weighted squares; their plain mean, and how far the derivative moves the target, are logged."""
+        """The weighted squares; their plain mean is logged."""
         each = (u - target).square().flatten(1).sum(1)
         weight = (each.detach() + self.config.floor) ** -self.config.power
         return (weight * each).mean(), {"residual": each.detach().mean() / u[0].numel()}

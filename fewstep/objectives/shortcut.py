@@ -12,7 +12,7 @@ same steps in its own output, on the rungs of its own process. Guidance without 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -131,6 +131,8 @@ class Objective(base.Objective):
         net: Backbone = self.targets["target"]
         t, m, s, cond, limit = read.t[rows], m[rows], s[rows], cond[rows], self.config.clamp
         first = net(read.x_t[rows], t, cond, to=m)
-        x_m = first.to(m).clamp(-limit, limit)
-        x_s = net(x_m, m, cond, to=s).to(s)
+        x_m = first.to(m)
+        second = net(x_m.clamp(-limit, limit), m, cond, to=s)
+        # From where the first step led: what was clipped would come back divided by t - s.
+        x_s = replace(second, x_t=x_m).to(s)
         return first.jump_target(x_s, s).clamp(-limit, limit)

@@ -6,9 +6,10 @@ its own samples. Both velocities learn by flow matching, and two residuals, clam
     of the gap      v-(x_t, t) - v+(x_t, t)                            at x_t = (1 - t) x + t eps, x its own sample
     any-step        (t v(x_t, t) - (t - d) v(x_(t-d), t - d)) / d - (eps - x0)    at x_t of data, x_(t-d) on its line
 
-The second is zero, but for O(d), where v is the mean velocity of the flow from t to 0. The sign is a dial that is
-silent at the start, so all three start as the teacher; a trained student needs none and is a plain network. Every loss
-sees the whole batch, of which the paper gives each a part. Self-guidance and the robust norm of the paper are not here.
+The second is zero on average, but for O(d), where v is the mean velocity of the flow from t to 0. The sign is a dial
+that is silent at the start, so all three start as the teacher; a trained student needs none and is a plain network.
+Every loss sees the whole batch, of which the paper gives each a part. Self-guidance, the robust norm, the weight over
+times, a second sub-step and an averaged target are not here.
 
 With `ends: any` the network is told where a jump ends, x_r = x_t - (t - r) v(x_t, t, r), for a third of the rows at 0,
 near t, and anywhere between; t - r and t - d - r stand for t and t - d in the residual, and velocities end where they
@@ -132,7 +133,7 @@ class Objective(base.Objective):
         t = self.draw_time(batch, "twinflow.jump_t", self.config.flow_times)
         end = self.end(batch, t)
         line = batch.draw.normal("twinflow.jump_eps", x0.shape[1:]) - x0
-        way = t if end is None else t - end
+        way = t if end is None else (t - end).clamp(min=1e-6)  # rounding can put the end on t
         short = expand(way.clamp(max=self.config.short_step), x0)
         x_t, s = x0 + expand(t, x0) * line, t - short.flatten()
         velocity = net(x_t, t, batch.cond, to=end).velocity

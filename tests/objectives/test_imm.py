@@ -34,14 +34,8 @@ def test_the_nearer_time_by_hand() -> None:
         assert torch.equal(time.reshape(-1, 4), time.reshape(-1, 4)[:, :1].expand(-1, 4))
         assert len(time.unique()) > 1000
     for given, nearer in ((0.5, 0.4897), (0.9, 0.8996)):
-        objective.config.times = Times(low=given - 1e-6, high=given + 1e-6)
-        assert objective.interval(batch)[0].mean() == pytest.approx(given, abs=1e-5)
-        ratio = given / (1 - given) - (0.994 / 0.006 - 0.006 / 0.994) / 2**12
-        assert ratio / (1 + ratio) == pytest.approx(nearer, abs=6e-5)
-    objective.config.times = Times(low=0.006, high=0.994)
-    free = r[r > s], t[r > s]
-    ratio = free[1] / (1 - free[1]) - (0.994 / 0.006 - 0.006 / 0.994) / 2**12
-    assert torch.allclose(free[0], ratio / (1 + ratio), atol=1e-5)
+        assert objective.nearer(torch.tensor([given])).item() == pytest.approx(nearer, abs=6e-5)
+    assert torch.allclose(r[r > s], objective.nearer(t)[r > s], atol=1e-6)
 
 
 def test_the_nearer_state_is_the_jump_that_knows_the_image() -> None:

@@ -11,8 +11,8 @@ from oracle import play, walk
 from fewstep.core.batch import Condition
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
-from fewstep.core.prediction import Kind
-from fewstep.core.schedule import Flow, NoiseSchedule, shift
+from fewstep.core.prediction import Kind, Prediction
+from fewstep.core.schedule import Flow, NoiseSchedule, shift, vp_from_betas
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.gaussian import GaussianModel
 from fewstep.objectives.base import Triad
@@ -42,12 +42,17 @@ def test_one_step_of_the_target_lands_where_two_of_the_teacher_do(schedule: Nois
     assert torch.allclose(landed, x_e, atol=2e-5)
 
 
-def test_the_landing_is_exact_in_double_precision() -> None:
-    """x~ by hand in float64: one DDIM step with it lands on x_e to 1e-12."""
-    a_t, g_t, a_e, g_e = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 0.95, 0.8, 0.6))
-    x_t, x_e = torch.randn(64, dtype=torch.float64), torch.randn(64, dtype=torch.float64)
-    x0 = (x_e - g_e / g_t * x_t) / (a_e - g_e / g_t * a_t)
-    assert (a_e * x0 + g_e * (x_t - a_t * x0) / g_t - x_e).abs().max() < 1e-12
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_target_lands_where_it_was_made_for(kind: Any) -> None:
+    """By one DDIM step of the process in float32; x~ = (x_e - s_e / s_t x_t) / (a_e - s_e / s_t a_t) by hand."""
+    schedule, x_t, x_e = vp_from_betas("scaled_linear", 0.00085, 0.012), torch.randn(64, 3), torch.randn(64, 3)
+    t, e = torch.full((64,), 0.8), torch.full((64,), 0.55)
+    target = Prediction(x_t, kind, x_t, t, schedule).jump_target(x_e, e)
+    read = Prediction(target, kind, x_t, t, schedule)
+    assert torch.allclose(read.to(e), x_e, atol=1e-5)
+    there, here = schedule.at(e, x_t), schedule.at(t, x_t)
+    quotient = there.sigma / here.sigma
+    assert torch.allclose(read.x0, (x_e - quotient * x_t) / (there.alpha - quotient * here.alpha), atol=1e-4)
 
 
 def test_an_exact_teacher_gives_its_own_map() -> None:

@@ -307,6 +307,12 @@ def test_reflow_straightens_and_keeps_the_marginal() -> None:
     players = players_for(reflow, adam(1e-2, 800))
     learn(reflow, players, 800, shape=(8,), extra=lambda draw: {"pair": stored.of(draw)})
     assert straightness(student, noise) < 0.003
+    before = (stored.x0 - pairs.noise_of(stored.seed, torch.arange(len(stored)), stored.x0.shape[1:])).square().mean()
+    x, steps = noise, 100
+    with torch.no_grad():
+        for i in range(steps):
+            x = x - student(x, torch.full((len(x),), 1 - i / steps), Condition()).velocity / steps
+    assert (noise - x).square().mean() < 1.02 * before  # no convex cost of transport grows by reflow
     law = (stored.x0.mean().item(), stored.x0.std().item())
     for times in ((1.0,), (1.0, 0.75, 0.5, 0.25)):
         assert made(student, times, ode) == pytest.approx(law, rel=0.03)

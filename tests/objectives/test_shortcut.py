@@ -117,6 +117,20 @@ def test_targets_and_states_are_clamped() -> None:
     assert target.abs().max() == 0.5 and x.abs().max() > 3
 
 
+def test_a_clipped_state_is_only_what_the_second_half_is_asked_at() -> None:
+    """The target is the mean of two velocities; what was clipped does not come back divided by t - s."""
+    teacher = GaussianModel(*LAW, Flow(), "flow_prediction")
+    net, x, rows = Jump(teacher), 5.3 * torch.ones(8, 3), torch.arange(8)
+    t, m, s = (torch.full((8,), time) for time in (1.0, 0.75, 0.5))
+    target = objective_of(net, teacher, clamp=4.0).bootstrapped(net(x, t, Condition(), to=m), m, s, Condition(), rows)
+    first = net(x, t, Condition(), to=m)
+    x_m = first.to(m)
+    assert x_m.min() > 4.2 and first.velocity.abs().max() < 4
+    second = net(x_m.clamp(max=4.0), m, Condition(), to=s)
+    assert torch.allclose(target, (first.velocity + second.velocity) / 2, atol=1e-5)
+    assert (second.velocity - net(x_m, m, Condition(), to=s).velocity).abs().min() > 1e-2
+
+
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_any_number_of_exact_steps_ends_alike(count: int) -> None:
     noise = torch.randn(64, 3)

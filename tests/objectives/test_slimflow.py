@@ -129,7 +129,7 @@ def plus(net: Backbone, **changes: Any) -> rf_plus_plus.Objective:
 
 
 def test_times_are_u_shaped() -> None:
-    """Density e^(4t) + e^(-4t), about the middle: symmetric, and 5.6 times as dense at the ends as in the middle."""
+    """Density e^(4t) + e^(-4t), about the middle: symmetric, and cosh 2 = 3.8 times as dense at the ends as in it."""
     u = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     t = rf_plus_plus.Config().times(u, Flow())
     counts = torch.histc(t, 10, 0, 1) / len(t)
