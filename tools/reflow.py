@@ -1,6 +1,6 @@
 """How straight paths become, round by round of reflow, and whether what they lead to is kept.
 
-    python tools/reflow.py [--steps 400] [--samples 2000]
+    python tools/reflow.py [--steps 600] [--samples 2000]
 
 The stages of configs/scenes/reflow_rounds.yaml, one after the other. After each: straightness, the mean over time of
 E |(z - x) - v(x_t, t)|^2 a value along the student's own paths from noise z to their end x, in 20 Euler steps; the cost
@@ -87,7 +87,7 @@ def drawn(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each round")
+    parser.add_argument("--steps", type=int, default=600, help="of each round")
     parser.add_argument("--samples", type=int, default=2000, help="images measured after each round")
     args = parser.parse_args()
     torch.set_num_threads(1)

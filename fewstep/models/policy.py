@@ -1,7 +1,7 @@
 """A network whose output is a policy: a mixture of velocities with momentum, followed without asking it again.
 
 Told the state x at time t, it says K velocities v_k and their weights w_k at every place (softmax); g_k are rates.
-Until it is asked again, the flow is taken to move at time t - d with sum_k w_k v_k exp(g_k d), whose integral is closed:
+Until it is asked again, the flow is taken to move at time t - d with sum_k w_k v_k exp(g_k d), which has an integral:
 
     x(t - d) = x - sum_k w_k v_k d (exp(g_k d) - 1) / (g_k d)
 
