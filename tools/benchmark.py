@@ -92,6 +92,8 @@ MAPS = (
 """Methods that learn the teacher's trajectory; those of several steps are also measured at 1, 2 and 8."""
 BOARDS = {"scenes": tuple(f"configs/scenes/{name}.yaml" for name in (*METHODS, *MAPS))}
 """Board -> the configs of its rows; a config of four steps lies beside that of one where the method has several."""
+OTHERS = (1, 2, 8)
+"""numbers of steps in which students of four, and the generator they began as, are walked too"""
 BASELINES: dict[str, tuple[int, TransitionName]] = {
     "teacher": (measure.TEACHER_STEPS, "ode"),
     "undistilled": (1, "ode"),
@@ -131,12 +133,13 @@ class Entry:
         stages = self.stages()
         if self.file is None:
             steps, how = BASELINES[self.name]
-            return {"steps": steps, **untrained_row(self.name, stages[0], steps, samples, how)}
+            others = OTHERS if steps == 4 else ()
+            return {"steps": steps, **untrained_row(self.name, stages[0], steps, samples, how, others)}
         steps, parts = stages[-1].model.steps, getattr(stages[-1].objective, "parts", 1)
         if parts > 1:
             bank = [self.stages(f"stage_2.objective.part={part + 1}")[1] for part in range(parts)]
             return {"steps": steps, **bank_row(self.name, stages[0], bank, passes, samples)}
-        others = (1, 2, 8) if self.name.removesuffix("_four_steps") in MAPS and steps > 1 else ()
+        others = OTHERS if self.name.removesuffix("_four_steps") in MAPS and steps > 1 else ()
         return {"steps": steps, **train_row(self.name, stages, passes, samples, others)}
 
 

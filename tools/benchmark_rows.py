@@ -12,9 +12,10 @@ from typing import Any
 from fewstep import build, measure
 from fewstep.config import Config
 from fewstep.core.errors import UserError
+from fewstep.models.backbone import Backbone
 from fewstep.models.bank import Bank
 from fewstep.models.passes import PassCounter, networks_of
-from fewstep.rollout import TransitionName
+from fewstep.rollout import Rollout, TransitionName
 from fewstep.train import checkpoint
 from fewstep.train.loop import train
 
@@ -65,13 +66,16 @@ def train_row(
 
 def by_steps(run: build.Run, numbers: Sequence[int]) -> dict[str, dict[str, float]]:
     """Steps -> Frechet distance and coverage of FEWER images of one student; numbers that it refuses are left out."""
-    found = {}
+    found, (net, _) = {}, measure.student(run)
     for steps in sorted(numbers):
         with suppress(UserError):
-            net, _ = measure.student(run)
-            row = measure.measure("", run, net, measure.walked(run, steps), measure.truth_of(run.source), FEWER)
-            found[str(steps)] = {key: row[key] for key in ("frechet", "coverage")}
+            found[str(steps)] = fewer(run, net, measure.walked(run, steps))
     return found
+
+
+def fewer(run: build.Run, net: Backbone, rollout: Rollout) -> dict[str, float]:
+    row = measure.measure("", run, net, rollout, measure.truth_of(run.source), FEWER)
+    return {key: row[key] for key in ("frechet", "coverage")}
 
 
 def bank_row(name: str, first: Config, parts: Sequence[Config], passes: int, samples: int) -> dict[str, Any]:
@@ -92,9 +96,13 @@ def bank_row(name: str, first: Config, parts: Sequence[Config], passes: int, sam
     return {**row, "training": cost}
 
 
-def untrained_row(name: str, stage: Config, steps: int, samples: int, how: TransitionName = "ode") -> dict[str, Any]:
-    """The measures of the teacher of `stage` itself, at `steps` steps."""
+def untrained_row(
+    name: str, stage: Config, steps: int, samples: int, how: TransitionName = "ode", others: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The measures of the teacher of `stage` itself, at `steps` steps, some of them at `others` too."""
     run = build.build(stage)
     net, rollout = measure.teacher(run, steps, how)
     stored = measure.stored_row(run, samples) if steps == measure.TEACHER_STEPS else None
-    return stored or measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
+    row = stored or measure.measure(name, run, net, rollout, measure.truth_of(run.source), samples)
+    walks = {str(n): measure.teacher(run, n, how)[1] for n in sorted([*others, steps])} if others else {}
+    return {**row, **({"by_steps": {n: fewer(run, net, walk) for n, walk in walks.items()}} if walks else {})}
