@@ -29,7 +29,8 @@ from fewstep.data.source import PromptSource, Source, open_source
 from fewstep.made import Made, Progress, Tensors
 from fewstep.models import attention, loading, offload, schedulers, shaped
 from fewstep.models.backbone import Backbone, Guided, Routed
-from fewstep.models.codec import Codec, open_codec
+from fewstep.models.codec import Codec
+from fewstep.models.codecs import open_codec
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.execution import Execution, execute
 from fewstep.models.execution import describe as describe_execution
@@ -60,6 +61,11 @@ class Teacher:
 
     def backbone(self, net: nn.Module | None = None) -> DiffusersBackbone:
         return DiffusersBackbone(net or self.net, self.schedule, self.kind, self.null_label, self.unconditional)
+
+    @property
+    def even(self) -> bool:
+        """Whether its pipeline hands the scheduler even times."""
+        return self.codec is not None and self.codec.EVEN_SIGMAS
 
     @property
     def guides(self) -> bool:
@@ -187,12 +193,19 @@ def build_teacher(
     codec = _codec(config, backbone, codecs)
     gained = _wear(config, codec, loaded.net, weights)
     unconditional = codec.unconditional(model.negative_prompt) if codec is not None else None
-    shift = model.shift or schedulers.time_shift(scheduler)
+    shift = model.shift or _time_shift(config, codec, scheduler)
     net = loaded.net.float().eval()
     teacher = Teacher(net, schedule, kind, scheduler, null_label, shift, codec, unconditional, gained)
     if model.guidance != 1 and not teacher.guides:
         raise UserError("this teacher has no null class, so it cannot be guided: set model.guidance=1")
     return teacher
+
+
+def _time_shift(config: Config, codec: Codec | None, scheduler: Any) -> float:
+    if codec is None:
+        return schedulers.time_shift(scheduler)
+    side = config.data.resolution
+    return codec.time_shift(scheduler, codec.latent_shape(side, side, config.data.frames))
 
 
 def _codec(config: Config, backbone: DiffusersBackbone, codecs: Callable[..., Codec]) -> Codec | None:
@@ -207,6 +220,8 @@ def _codec(config: Config, backbone: DiffusersBackbone, codecs: Callable[..., Co
     codec = codecs(teacher, config.model.revision)
     if config.model.max_sequence_length is not None:
         codec.give_tokens(config.model.max_sequence_length)
+    if config.model.embedded_guidance is not None:
+        codec.give_guidance(config.model.embedded_guidance)
     return codec
 
 
@@ -237,19 +252,15 @@ def _shape(teacher: Teacher, config: Config) -> tuple[int, ...]:
     return channels, resolution, resolution
 
 
-_READS = ("cross_attention_dim", "joint_attention_dim", "text_dim")
-"""where the families say how wide the texts are that they read"""
-
-
 def _refuse_unmatched(teacher: Teacher, channels: int) -> None:
     """Raises UserError where the denoiser, the VAE and the text encoders are not those of one pipeline."""
-    known, vae = teacher.net.config, teacher.codec.vae.config  # type: ignore[union-attr]
-    if known.in_channels != channels:
+    family, vae = teacher.backbone().family, teacher.codec.vae.config  # type: ignore[union-attr]
+    if (taken := family.channels(teacher.net)) != channels:
         raise UserError(
             f"the VAE of this pipeline makes latents of {channels} channels, but its {type(teacher.net).__name__} "
-            f"takes {known.in_channels}: put the two of one model into model.teacher"
+            f"takes {taken}: put the two of one model into model.teacher"
         )
-    reads = next(known[name] for name in _READS if known.get(name) is not None)
+    reads = teacher.net.config[str(family.reads)]
     given = teacher.unconditional.inputs["encoder_hidden_states"].shape[-1]  # type: ignore[union-attr]
     if given != reads:
         raise UserError(
@@ -449,7 +460,7 @@ def assemble(
     shape = _shape(teacher, config)
     conditions = conditions_of(teacher, source, config.data.resolution)
     scheduler = stock_scheduler(config, teacher)
-    steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, teacher.shift)
+    steps = schedulers.student_steps(teacher.schedule, scheduler, config.model.steps, teacher.shift, teacher.even)
     kind = objectives.find(config.objective.name).Objective  # type: ignore[attr-defined]
     walk = transition(config.model.transition, config.model.eta)
     count = len(steps) if kind.counts(config.objective) else None
@@ -587,7 +598,7 @@ def build_triad(
 def stock_scheduler(config: Config, teacher: Teacher) -> Any | None:
     """The student's scheduler, or None where diffusers has none for its steps."""
     model, prompted = config.model, teacher.codec is not None
-    told = (teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift, prompted)
+    told = (teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift, prompted, teacher.even)
     return schedulers.student_scheduler(*told)
 
 
@@ -848,6 +859,8 @@ def pairs_recipe(run: Run) -> str:
     if model.lora is not None and run.teacher.codec is not None:
         settings["encoders"] = _sums(run.teacher.codec.encoders.parameters())
     settings["tokens"] = model.max_sequence_length
+    if model.embedded_guidance is not None:
+        settings["embedded_guidance"] = model.embedded_guidance
     made = {**settings, "weights": _sums(base), "pairs": _told_of(run.config.pairs), "data": _data(run)}
     if run.maker is not None:
         made["maker"] = _sums(run.maker.parameters())

@@ -85,6 +85,7 @@ class ModelConfig:
     null_label: int | None = None
     """label that means "no class"; default: the last embedding when there is one more than labels"""
     max_sequence_length: int | None = None
+    embedded_guidance: float | None = None
     """tokens of the last text encoder, where the pipeline's call can be asked for it; default: as that call"""
     negative_prompt: str = ""
     """what guidance leads away from, for networks that read prompts"""

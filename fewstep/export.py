@@ -123,6 +123,9 @@ def card(run: Run, dtype: torch.dtype, tag: str = Pixels.tag, licence: str | Non
         tags=["fewstep", *(["few-step", "distillation"] if _distilled(run) else [])],
         num_inference_steps=len(run.rollout),
         max_sequence_length=model.max_sequence_length,
+        embedded_guidance=model.embedded_guidance,
+        resolution=run.config.data.resolution if run.teacher.codec else None,
+        num_frames=run.config.data.frames,
         id2label=dict(enumerate(run.source.labels)) or None,
         null_label=run.teacher.null_label,
     )
@@ -167,18 +170,23 @@ def _how_to_prompt(run: Run) -> str:
     length = "" if frames is None else f"    num_frames={frames},\n"
     if tokens := run.config.model.max_sequence_length:
         length += f"    max_sequence_length={tokens},  # as in training\n"
-    lacking = "".join(f", {part}=None" for part in left_out(run.teacher.codec.pipeline)) if run.teacher.codec else ""
+    codec = run.teacher.codec
+    assert codec is not None
+    asks = codec.guided_by(1.0 if _distilled(run) else 2.0)
+    scales = "".join(f"    {name}={value},\n" for name, value in asks.items())
+    lacking = "".join(f", {part}=None" for part in left_out(codec.pipeline))
     lacking += _trust(run)
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("."{lacking})  # this folder\n'
         f'made = pipeline(\n    "{run.conditions.names(torch.zeros(1, dtype=torch.long))[0]}",\n'
         f"    height={side},\n    width={side},\n{length}    num_inference_steps={len(run.rollout)},\n"
-        f"    guidance_scale={1.0 if _distilled(run) else 2.0},\n    generator=torch.Generator().manual_seed(0),\n)\n"
+        f"{scales}    generator=torch.Generator().manual_seed(0),\n)\n"
     )
-    note = "`guidance_scale=1.0` is needed: guidance is inside already, and the pipeline would apply its own on top."
+    said = " and ".join(f"`{name}={value}`" for name, value in asks.items())
+    note = f"{said} is needed: guidance is inside already, and the pipeline would apply its own on top."
     if not _distilled(run):
-        note = "`guidance_scale` is free: 1 asks for one pass a step, more follows the prompt more closely."
+        note = f"`{next(iter(asks))}` is free: 1 asks for one pass a step, more follows the prompt more closely."
     note += _why_trust(run)
     if len(run.rollout) > 1 and draws(scheduler_of(run)):
         note += " The noise between the steps comes from the global generator: `torch.manual_seed` fixes it."

@@ -111,7 +111,8 @@ def walked(run: Run, steps: int) -> Rollout:
     """The student's rollout in another number of steps. Raises UserError where its objective refuses that."""
     model = replace(run.config.model, steps=steps)
     scheduler = stock_scheduler(replace(run.config, model=model), run.teacher)
-    rollout = run.rollout.over(schedulers.student_steps(run.teacher.schedule, scheduler, steps, run.teacher.shift))
+    taught = run.teacher
+    rollout = run.rollout.over(schedulers.student_steps(taught.schedule, scheduler, steps, taught.shift, taught.even))
     run.objective.refuse(rollout)
     return rollout
 

@@ -23,7 +23,8 @@ from fewstep.data.source import Source, open_source
 from fewstep.latents import Latents
 from fewstep.memory import KINDS, Account, Part, account
 from fewstep.models.attention import Attention
-from fewstep.models.codec import Codec, open_codec
+from fewstep.models.codec import Codec
+from fewstep.models.codecs import open_codec
 from fewstep.models.fake import Fake, become_fake
 from fewstep.models.lora import LoraSpec
 from fewstep.models.passes import networks_of

@@ -18,7 +18,8 @@ from fewstep.carried import carry, is_carried
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.models.backbone import Routed
-from fewstep.models.codec import codec_of
+from fewstep.models.codec import Codec
+from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import part_of
 from fewstep.rollout import COUNT
@@ -71,8 +72,8 @@ class Prompted:
 
     tag = "text-to-image"
 
-    def __init__(self, teacher: Any, size: tuple[int, int], frames: int | None, tokens: int | None):
-        self.teacher, self.size, self.frames = teacher, size, frames
+    def __init__(self, codec: Codec, size: tuple[int, int], frames: int | None, tokens: int | None):
+        self.codec, self.teacher, self.size, self.frames = codec, codec.pipeline, size, frames
         self.tokens = {} if tokens is None else {"max_sequence_length": tokens}
         if frames is not None:
             self.tag = "text-to-video"
@@ -89,25 +90,23 @@ class Prompted:
         height, width = self.size
         generator = torch.Generator().manual_seed(0)
         draw_from(pipeline, generator)
-        return pipeline(
+        latents = pipeline(
             prompt="",
             height=height,
             width=width,
             **({} if self.frames is None else {"num_frames": self.frames}),
             num_inference_steps=steps,
-            guidance_scale=1.0,
             generator=generator,
             output_type="latent",
             return_dict=False,
+            **self.codec.guided_by(1.0),
             **self.tokens,
         )[0]
+        return self.codec.unpacked(latents, self.codec.latent_shape(height, width, self.frames))
 
     def told(self, pipeline: Any) -> Condition:
         """What `walk` told the network."""
-        codec = codec_of(pipeline)
-        if self.tokens:
-            codec.give_tokens(self.tokens["max_sequence_length"])
-        return codec.encode_prompts([""], size=self.size)
+        return codec_of(pipeline).like(self.codec).encode_prompts([""], size=self.size)
 
 
 Route = Pixels | Prompted
@@ -147,7 +146,7 @@ def route_of(run: Run, net: nn.Module) -> Route:
     """The pipeline that runs `net`. Raises UserError where there is none."""
     if run.teacher.codec is not None:
         side, frames = run.config.data.resolution, run.config.data.frames
-        return Prompted(run.teacher.codec.pipeline, (side, side), frames, run.config.model.max_sequence_length)
+        return Prompted(run.teacher.codec, (side, side), frames, run.config.model.max_sequence_length)
     if not isinstance(net, diffusers.UNet2DModel):
         raise UserError(
             f"no stock diffusers pipeline runs a {type(net).__name__} on pixels (DiTPipeline needs a VAE): "

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import build, config, measure
 from fewstep.core.batch import Condition
@@ -24,8 +25,10 @@ from fewstep.export import CARD, load_run, read_card, stage_of
 from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.bank import Bank, Partition
-from fewstep.models.codec import CODECS, Codec, open_codec
+from fewstep.models.codec import Codec
+from fewstep.models.codecs import open_codec
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.families import CODECS
 from fewstep.models.negative import NegativeAttention
 from fewstep.rollout import Rollout, TransitionName, transition
 from fewstep.sampling_arguments import add_arguments
@@ -171,27 +174,45 @@ def _of_pipeline(folder: Path, steps: int | None, guidance: float) -> Sampler:
         steps = int(known.get("original_inference_steps") or header.get("num_inference_steps") or MANY_STEPS)
     _allowed(steps, scheduler)
     step: TransitionName = "renoise" if type(scheduler).__name__.endswith("LCMScheduler") else "ode"
-    shift = schedulers.time_shift(scheduler)
-    prompted = found.index.get("_class_name") in CODECS
-    walk = schedulers.steps_of(schedulers.student_scheduler(scheduler, kind, step, steps, shift, prompted), steps)
-    names = tuple(str(name) for name in (header.get("id2label") or {}).values())
     device = build.pick_device("auto")
-    codec = open_codec(str(folder)).to(device) if prompted else None
-    if codec is not None and header.get("max_sequence_length"):
+    codec = _codec(folder, header).to(device) if found.index.get("_class_name") in CODECS else None
+    shape, side = _size(folder, loaded.net, codec, header)
+    net = DiffusersBackbone(
+        loaded.net.eval(), schedule, kind, header.get("null_label"), codec and codec.unconditional()
+    )
+    generator = _guided(net, net.null_label is not None or codec is not None, guidance).to(device)
+    if codec is None:
+        shift, even = schedulers.time_shift(scheduler), False
+    else:
+        shift, even = codec.time_shift(scheduler, shape), codec.EVEN_SIGMAS
+    same = schedulers.student_scheduler(scheduler, kind, step, steps, shift, codec is not None, even)
+    rollout = Rollout(schedulers.steps_of(same, steps, even), transition(step))
+    if codec is None:
+        names = tuple(str(name) for name in (header.get("id2label") or {}).values())
+        return Sampler(generator, rollout, shape, names, len(names) or net.family.classes(loaded.net) or 0)
+    decode, encode = lambda x: codec.decode(x).clamp(-1, 1), _encoder(codec, side)
+    return Sampler(generator, rollout, shape, (), 0, decode, encode, _LATENTS_AT_ONCE)
+
+
+def _codec(folder: Path, header: dict[str, Any]) -> Codec:
+    """The codec of a pipeline folder, as its card says that it is used."""
+    codec = open_codec(str(folder))
+    if header.get("max_sequence_length"):
         codec.give_tokens(int(header["max_sequence_length"]))
-    unconditional = codec.unconditional() if codec is not None else None
-    net = DiffusersBackbone(loaded.net.eval(), schedule, kind, header.get("null_label"), unconditional)
-    classes = net.family.classes(loaded.net) or 0
-    side = loaded.net.config.sample_size
+    if header.get("embedded_guidance") is not None:
+        codec.give_guidance(float(header["embedded_guidance"]))
+    return codec
+
+
+def _size(folder: Path, net: nn.Module, codec: Codec | None, header: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    """The shape of one sample and the side of its image. Raises UserError where nothing says them."""
+    if codec is not None:
+        side = int(header.get("resolution") or codec.side)
+        return codec.latent_shape(side, side, header.get("num_frames") or codec.frames), side
+    side = net.config.sample_size
     if not isinstance(side, int):
         raise UserError(f"the network of {folder} does not say its image size: set sample_size in its config.json")
-    generator = _guided(net, net.null_label is not None or unconditional is not None, guidance).to(device)
-    rollout, shape = Rollout(walk, transition(step)), (loaded.net.config.in_channels, side, side)
-    if codec is None:
-        return Sampler(generator, rollout, shape, names, len(names) or classes)
-    pixels = side * codec.pipeline.vae_scale_factor
-    decode, encode = lambda x: codec.decode(x).clamp(-1, 1), _encoder(codec, pixels)
-    return Sampler(generator, rollout, shape, (), 0, decode, encode, _LATENTS_AT_ONCE)
+    return (net.config.in_channels, side, side), side
 
 
 def _guided(net: Backbone, guides: bool, guidance: float) -> Backbone:

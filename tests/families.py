@@ -13,7 +13,8 @@ from fewstep.core.batch import Condition
 from fewstep.core.schedule import VP
 from fewstep.models import schedulers, tiny
 from fewstep.models.backbone import Guided
-from fewstep.models.codec import Codec, codec_of
+from fewstep.models.codec import Codec
+from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import part_of
 

@@ -24,7 +24,7 @@ from fewstep.build import Run
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.models import attention, schedulers
-from fewstep.models.codec import codec_of
+from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared, Voice

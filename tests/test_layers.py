@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fewstep.train": (
         "fewstep.core",
         "fewstep.models.backbone",
+        "fewstep.models.families",
         "fewstep.models.lora",
         "fewstep.models.passes",
         "fewstep.models.precision",
@@ -42,6 +43,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.core",
         "fewstep.export",
         "fewstep.health",
+        "fewstep.models.families",
         "fewstep.models.loading",
         "fewstep.models.schedulers",
         "fewstep.train.rundir",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from fewstep import build, carried, cli, config, export, routes, runner
 from fewstep.models import precision, tiny
-from fewstep.models.codec import codec_of
+from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.rollout import Rollout
 from fewstep.train import checkpoint

@@ -11,6 +11,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.times import Step
 from fewstep.export import CARD, read_card
 from fewstep.models import schedulers
+from fewstep.models.families import CODECS
 from fewstep.models.loading import pretrained
 
 # A timestep of 1000 is rounded by at most half a thousandth.
@@ -40,4 +41,5 @@ def _walk(folder: Path, count: int) -> list[Step]:
         raise UserError(f"diffusers has no scheduler {said.get('_class_name')}")
     scheduler = pretrained(kind, str(folder), subfolder="scheduler")
     schedulers.read(scheduler)
-    return schedulers.steps_of(scheduler, count)
+    pipeline = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    return schedulers.steps_of(scheduler, count, even=pipeline in CODECS and CODECS[pipeline].EVEN_SIGMAS)

@@ -23,11 +23,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.core.errors import UserError
+from fewstep.models.families import FAMILIES
 
 Attention = Literal["sdpa", "math", "flash", "xformers", "flex"]
 
-PROCESSORS = ("AttnProcessor2_0", "AttnAddedKVProcessor2_0", "JointAttnProcessor2_0", "WanAttnProcessor")
-"""The processors of UNets and DiT, of UNets with added keys, of SD3 and of Wan."""
+PROCESSORS = frozenset(name for family in FAMILIES.values() for name in family.processors)
+"""The attention processors that end in the function that is redirected."""
 
 
 def _math(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
@@ -135,7 +136,7 @@ def refuse(net: nn.Module, kernel: Attention, device: str, dtype: torch.dtype, w
 
     `what` opens the sentence, such as "model.attention=flash".
     """
-    kinds = {type(module.processor).__name__ for module in _modules(net)} - set(PROCESSORS)
+    kinds = {type(module.processor).__name__ for module in _modules(net)} - PROCESSORS
     sizes = {module.inner_dim // module.heads for module in _modules(net)}
     if kernel == "sdpa":
         return

@@ -47,6 +47,10 @@ class Backbone(nn.Module):
         """`cond` with the noise (B, *shape) that a network needs for one step, if it has a use for any."""
         return cond
 
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
+        """The outputs (B, *S) without and with the condition, put together: u + w (c - u)."""
+        return unconditional + scale * (conditional - unconditional)
+
     def null(self, cond: Condition) -> Condition:
         """The unconditional counterpart of `cond`. Raises ValueError when the model has none."""
         raise ValueError(f"{type(self).__name__} has no null condition: set guidance to 1")
@@ -66,12 +70,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class Composite(Backbone):
-    """A backbone over another one, which lends it the process, the kind and the null condition."""
+    """A backbone over another one, which lends it the process, the kind, the null condition and its guidance."""
 
     def __init__(self, inner: Backbone):
         super().__init__()
         self.inner = inner
         self.schedule, self.kind = inner.schedule, inner.kind
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
+        return self.inner.guide(unconditional, conditional, scale)
 
     def null(self, cond: Condition) -> Condition:
         return self.inner.null(cond)
@@ -79,6 +86,8 @@ class Composite(Backbone):
 
 class Guided(Composite):
     """Classifier-free guidance u + w (c - u) in one batched pass; w is alike for all rows, or (B,).
+
+    Where the pipeline of a family guides otherwise, so does this: see `Backbone.guide`.
 
     w = 1 for all costs a plain pass.
     """
@@ -99,7 +108,7 @@ class Guided(Composite):
         twice = None if to is None else torch.cat([to, to])
         prediction = self.inner(torch.cat([x_t, x_t]), torch.cat([t, t]), both, to=twice)
         unconditional, conditional = prediction.value.float().chunk(2)
-        value = unconditional + scale * (conditional - unconditional)
+        value = self.inner.guide(unconditional, conditional, scale)
         return replace(prediction, value=value, x_t=x_t, t=t)
 
 
@@ -150,6 +159,9 @@ class Experts(Backbone):
     @abstractmethod
     def choose(self, t: Tensor, cond: Condition) -> Tensor:
         """(B,) index of the expert in charge of each row."""
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
+        return self.experts[0].guide(unconditional, conditional, scale)  # type: ignore[operator]
 
     def null(self, cond: Condition) -> Condition:
         return self.experts[0].null(cond)  # type: ignore[operator]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
-from fewstep.models import loading
+from fewstep.models import schedulers
+
+_MOST_TOKENS = 512  # the families' pipelines refuse more
 
 
 class Codec(nn.Module):
@@ -28,6 +29,11 @@ class Codec(nn.Module):
     """tokens that the last text encoder gives; None for a family whose pipeline is not asked for it"""
     # Arguments of the pipeline that keep what no codec needs from being loaded.
     UNUSED: ClassVar[Mapping[str, Any]] = {}
+    VIDEOS: ClassVar[bool] = False
+    EVEN_SIGMAS: ClassVar[bool] = False
+    """whether the pipeline hands its scheduler the times 1, .., 1 / n itself"""
+    embedded_guidance: float | None = None
+    """the guidance that a network is told beside the prompt; None for one that is told none"""
 
     def __init__(self, pipeline: Any):
         super().__init__()
@@ -56,6 +62,39 @@ class Codec(nn.Module):
             raise UserError(f"max_sequence_length is from 1 to {_MOST_TOKENS} tokens, but {count} was given")
         self.max_sequence_length = count
 
+    def give_guidance(self, scale: float) -> None:
+        """Sets `embedded_guidance`, by default that of the pipeline's own call. Raises UserError if it has none."""
+        if self.embedded_guidance is None:
+            raise UserError(
+                f"the network of this {type(self.pipeline).__name__} is told no guidance: remove "
+                f"model.embedded_guidance={scale:g}"
+            )
+        self.embedded_guidance = scale
+
+    def guided_by(self, scale: float) -> dict[str, Any]:
+        """The arguments by which the pipeline's own call guides; at a scale of 1 it asks the network once a step."""
+        return {"guidance_scale": scale}
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Latents (B, *S) as the pipeline's call takes and gives them."""
+        return latents
+
+    def unpacked(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Those again (B, *S), for the `shape` S."""
+        return latents
+
+    def time_shift(self, scheduler: Any, shape: tuple[int, ...]) -> float:
+        """The factor by which `scheduler` shifts even times towards noise for latents of this shape.
+
+        Raises UserError where the pipeline does not say how it follows from the size.
+        """
+        return schedulers.time_shift(scheduler)
+
+    def like(self, other: Codec) -> Self:
+        """This one, giving as many tokens and the guidance that `other` gives."""
+        self.max_sequence_length, self.embedded_guidance = other.max_sequence_length, other.embedded_guidance
+        return self
+
     def train(self, mode: bool = True) -> Codec:
         # Whoever holds a codec may be trained; its dropout would make the same prompt mean two things.
         return super().train(False)
@@ -72,7 +111,7 @@ class Codec(nn.Module):
         if not truncate:
             self.refuse_long(prompts)
         rows = {name: value.float() for name, value in self._embed(prompts).items()}
-        return Condition({**rows, **self._sizes(len(prompts), size)})
+        return Condition({**rows, **self._sizes(len(prompts), size), **self._guidance(len(prompts))})
 
     @torch.no_grad()
     def unconditional(self, negative: str = "", *, truncate: bool = False) -> Condition:
@@ -92,6 +131,20 @@ class Codec(nn.Module):
         mean, scale = self._statistics(latents)
         return self.vae.decode((latents / scale + mean).to(self.vae.dtype), return_dict=False)[0].float()
 
+    @property
+    def side(self) -> int:
+        """The side in pixels of the images that the pipeline makes unasked."""
+        net = next(
+            self.pipeline.components[name] for name in ("unet", "transformer") if name in self.pipeline.components
+        )
+        side = net.config.get("sample_size") or self.pipeline.default_sample_size
+        return side * self.pipeline.vae_scale_factor
+
+    @property
+    def frames(self) -> int | None:
+        """How many the pipeline makes unasked; None for single images."""
+        return inspect.signature(self.pipeline.__call__).parameters["num_frames"].default if self.VIDEOS else None
+
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
         """The shape *S of one sample's latents. Raises UserError for a size that the pipeline would round."""
         if frames is not None:
@@ -110,6 +163,11 @@ class Codec(nn.Module):
 
     def _sizes(self, rows: int, size: tuple[int, int] | None) -> dict[str, Tensor]:
         return {}
+
+    def _guidance(self, rows: int) -> dict[str, Tensor]:
+        if self.embedded_guidance is None:
+            return {}
+        return {"guidance": torch.full((rows,), self.embedded_guidance, device=self._device)}
 
     @property
     def _device(self) -> torch.device:
@@ -138,164 +196,3 @@ class Codec(nn.Module):
         if min(height, width) < 1 or height % (factor * patch) or width % (factor * patch):
             raise UserError(f"images of {height}x{width} were asked for, but sizes are multiples of {factor * patch}")
         return height // factor, width // factor
-
-
-class StableDiffusion(Codec):
-    """Versions 1 and 2: the last layer of one CLIP."""
-
-    UNUSED = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), None) | {
-        "requires_safety_checker": False
-    }
-
-    def _embed(self, prompts):
-        embeds, _ = self.pipeline.encode_prompt(prompts, self._device, 1, False)
-        return {"encoder_hidden_states": embeds}
-
-
-class StableDiffusionXL(Codec):
-    """Two CLIPs side by side, the pooled output of the second, and the size of the image."""
-
-    NEEDS = ("vae", "text_encoder", "text_encoder_2")
-    UNUSED: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
-
-    def _embed(self, prompts):
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=self._device, do_classifier_free_guidance=False
-        )
-        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
-
-    def _sizes(self, rows, size):
-        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
-        height, width = size or (side, side)
-        # As if the image had been made at this size, and not cropped.
-        told = torch.tensor([height, width, 0, 0, height, width], device=self._device).float()
-        return {"time_ids": told.repeat(rows, 1)}
-
-    def unconditional(self, negative="", *, truncate=False):
-        row = super().unconditional(negative, truncate=truncate)
-        if negative or not self.pipeline.config.force_zeros_for_empty_prompt:
-            return row
-        return Condition({name: torch.zeros_like(value) for name, value in row.inputs.items()})
-
-
-class StableDiffusion3(Codec):
-    """Two CLIPs side by side, then a T5; without it the pipeline gives zeros in its place. Pooled are the CLIPs."""
-
-    NEEDS = ("vae", "text_encoder", "text_encoder_2")
-    MAY_LACK = ("text_encoder_3", "tokenizer_3")
-    UNUSED: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
-    max_sequence_length = 256
-
-    def _embed(self, prompts):
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts,
-            None,
-            None,
-            self._device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def _limits(self):
-        for tokenizer in (self.pipeline.tokenizer, self.pipeline.tokenizer_2):
-            yield tokenizer, self.pipeline.tokenizer_max_length
-        if self.pipeline.text_encoder_3 is not None:
-            yield self.pipeline.tokenizer_3, self.max_sequence_length
-
-    def _grid(self, height, width, factor, patch):
-        return super()._grid(height, width, factor, self.pipeline.patch_size)
-
-
-class Wan(Codec):
-    """Videos; one UMT5, with zeros after the prompt."""
-
-    UNUSED: ClassVar[Mapping[str, Any]] = {"transformer_2": None}
-    max_sequence_length = 512  # of the pipeline's call; its encode_prompt alone would take 226
-
-    def _embed(self, prompts):
-        embeds, _ = self.pipeline.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self._device,
-        )
-        return {"encoder_hidden_states": embeds}
-
-    def _limits(self):
-        yield self.pipeline.tokenizer, self.max_sequence_length
-
-    def latent_shape(self, height, width, frames=None):
-        factor = self.pipeline.vae_scale_factor_temporal
-        if frames is None or frames % factor != 1:
-            raise UserError(
-                f"{frames or 'no'} frames were asked for, but this model makes videos of a multiple of {factor} "
-                "frames and one"
-            )
-        _, patch, _ = self.pipeline.transformer.config.patch_size
-        grid = self._grid(height, width, self.pipeline.vae_scale_factor_spatial, patch)
-        return self.vae.config.z_dim, (frames - 1) // factor + 1, *grid
-
-
-CODECS: dict[str, type[Codec]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusion3Pipeline": StableDiffusion3,
-    "WanPipeline": Wan,
-}
-
-
-def _family(name: str) -> type[Codec]:
-    if name not in CODECS:
-        raise UserError(f"fewstep has no codec for the pipeline '{name}': it can use {', '.join(CODECS)}")
-    return CODECS[name]
-
-
-def codec_of(pipeline: Any) -> Codec:
-    """The codec of a diffusers pipeline that is already built; freezes its encoders and its VAE.
-
-    Raises UserError for another family or a component that is not there.
-    """
-    return _family(type(pipeline).__name__)(pipeline)
-
-
-def open_codec(
-    source: str, revision: str | None = None, dtype: torch.dtype = torch.float32, weights: bool = True
-) -> Codec:
-    """The codec of the pipeline in a folder or of a hub id; its denoiser is only shaped and costs no memory.
-
-    `dtype` is that of the text encoders: some of the VAEs overflow in half precision, so they are float32. Without
-    `weights` all of its networks are only shaped, on the meta device.
-    Raises UserError where nothing is found, for another family and for a component that is not there.
-    """
-    found = loading.find(source, revision)
-    name = str(found.index.get("_class_name"))
-    family = _family(name)
-    named = [part for part in found.index if found.class_of(part)]
-    family.refuse_absent(f"the pipeline at {source}", _lying(found.source, named), named)
-    shaped = loading.denoiser(found, weights=False)
-    lacking = {part: None for part in family.MAY_LACK if part not in named}
-    shapes = {} if weights else {part: _shape(found, part, dtype) for part in named if part.startswith(_NETWORKS)}
-    pipeline = loading.pretrained(
-        getattr(diffusers, name),
-        found.source,
-        dtype={"default": dtype, "vae": torch.float32},
-        use_safetensors=True,
-        **{found.part: shaped.net, "scheduler": shaped.scheduler, **shapes, **lacking, **family.UNUSED, **found.where},
-    )
-    return family(pipeline)
-
-
-_NETWORKS = ("vae", "text_encoder")
-_MOST_TOKENS = 512  # the families' pipelines refuse more
-
-
-def _shape(pipeline: loading.Pipeline, part: str, dtype: torch.dtype) -> nn.Module:
-    shape = loading.shape_of(pipeline, part)
-    return shape if part == "vae" else shape.to(dtype)
-
-
-def _lying(source: str, named: list[str]) -> list[str]:
-    """The components that are there; the hub's are known only once they are asked for."""
-    folder = Path(source)
-    return [part for part in named if (folder / part).is_dir()] if folder.is_dir() else named

@@ -1,12 +1,10 @@
-"""Any diffusers denoiser as a Backbone: one row of `FAMILIES` each."""
+"""Any diffusers denoiser as a Backbone, by its row in the table of families."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,100 +14,9 @@ from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import VP, NoiseSchedule
 from fewstep.models.backbone import Backbone
 from fewstep.models.embedders import TimeEmbedder
+from fewstep.models.families import FAMILIES
 from fewstep.models.precision import computing, joint
-from fewstep.models.taps import Stopped, first, tapped
-
-
-def _no_classes(net: nn.Module) -> None:
-    """A network that is told prompts has no label embeddings."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one diffusers class is called.
-
-    `call(net, x, timestep, cond)` returns the raw output; `tap` is the usual block for a discriminator;
-    `time_embedding` names the module whose output is the time embedding; `classes` counts the label embeddings;
-    `feature(block, output)` is the tensor that a tap of `block` gives; `prompts` says that it reads prompts; `blocks`
-    are the classes of its repeated blocks, which are compiled.
-    """
-
-    call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
-    tap: Callable[[nn.Module], str]
-    time_embedding: str
-    blocks: tuple[str, ...]
-    classes: Callable[[nn.Module], int | None] = _no_classes
-    feature: Callable[[nn.Module, Any], Tensor] = first
-    prompts: bool = False
-
-
-def _unet2d(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-    return net(x, timestep, class_labels=cond.inputs.get("class_labels"), return_dict=False)[0]
-
-
-def _dit(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-    output = net(x, timestep=timestep, class_labels=cond.inputs["class_labels"], return_dict=False)[0]
-    # DiT may learn its variance: the first half of the channels is the prediction.
-    return output[:, : x.shape[1]]
-
-
-def _unet2d_condition(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-    inputs = dict(cond.inputs)
-    sized = net.config.addition_embed_type == "text_time"
-    added = {name: inputs.pop(name) for name in ("text_embeds", "time_ids")} if sized else None
-    return net(x, timestep, added_cond_kwargs=added, return_dict=False, **inputs)[0]
-
-
-def _transformer(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-    return net(x, timestep=timestep, return_dict=False, **cond.inputs)[0]
-
-
-def _image_stream(block: nn.Module, output: Any) -> Tensor:
-    """A joint block returns its text first, and no text at all in the last block."""
-    # A sharded block is of a class made from its own.
-    joint = any(kind.__name__ == "JointTransformerBlock" for kind in type(block).__mro__)
-    return output[1] if joint else first(block, output)
-
-
-FAMILIES: dict[str, Family] = {
-    "UNet2DModel": Family(
-        call=_unet2d,
-        tap=lambda net: "mid_block",
-        time_embedding="time_embedding",
-        blocks=("ResnetBlock2D", "Attention"),
-        classes=lambda net: net.config.num_class_embeds,
-    ),
-    "DiTTransformer2DModel": Family(
-        call=_dit,
-        tap=lambda net: f"transformer_blocks.{len(net.transformer_blocks) // 2}",
-        time_embedding="transformer_blocks.0.norm1.emb",
-        blocks=("BasicTransformerBlock",),
-        classes=lambda net: net.config.num_embeds_ada_norm + 1,
-    ),
-    "UNet2DConditionModel": Family(
-        call=_unet2d_condition,
-        tap=lambda net: "mid_block",
-        time_embedding="time_embedding",
-        blocks=("BasicTransformerBlock",),
-        prompts=True,
-    ),
-    "SD3Transformer2DModel": Family(
-        call=_transformer,
-        tap=lambda net: f"transformer_blocks.{len(net.transformer_blocks) // 2}",
-        time_embedding="time_text_embed.timestep_embedder",
-        blocks=("JointTransformerBlock",),
-        feature=_image_stream,
-        prompts=True,
-    ),
-    "WanTransformer3DModel": Family(
-        call=_transformer,
-        tap=lambda net: f"blocks.{len(net.blocks) // 2}",
-        time_embedding="condition_embedder.time_embedder",
-        blocks=("WanTransformerBlock",),
-        prompts=True,
-    ),
-}
-
+from fewstep.models.taps import Stopped, tapped
 
 SECOND_TIME = "second_time"  # key of the dial `to`: a ModuleDict has a method of that name
 
@@ -178,6 +85,10 @@ class DiffusersBackbone(Backbone):
 
     def _embedding_width(self) -> int:
         return self._last_linear().out_features
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
+        """As the pipeline of the family guides."""
+        return self.family.guide(unconditional, conditional, scale)
 
     def null(self, cond: Condition) -> Condition:
         if self.unconditional is not None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fewstep.models import attention, precision
 from fewstep.models.attention import Attention
-from fewstep.models.diffusers import FAMILIES
+from fewstep.models.families import FAMILIES
 from fewstep.models.offload import is_offloaded, offload
 from fewstep.models.precision import DTYPES, Precision
 

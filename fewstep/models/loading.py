@@ -17,7 +17,7 @@ from torch import nn
 
 from fewstep.core.errors import UserError
 from fewstep.models import hub
-from fewstep.models.diffusers import FAMILIES
+from fewstep.models.families import FAMILIES
 
 DENOISERS = ("unet", "transformer")
 _ROOT = Path(__file__).resolve().parents[2]

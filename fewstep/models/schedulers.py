@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from fewstep.core.errors import UserError
@@ -49,19 +51,31 @@ def read(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
     return schedule, kind
 
 
-def time_shift(scheduler: Any) -> float:
+def time_shift(scheduler: Any, mu: float | None = None) -> float:
     """The factor by which a flow scheduler shifts even times towards noise; 1 where it does not.
 
-    Raises UserError for a shift that depends on the size of the image.
+    `mu` is what its pipeline tells it of the size of the image. Raises UserError for a scheduler that has to be told.
     """
     if not _flows(scheduler):
         return 1.0
+    if scheduler.config.get("use_dynamic_shifting") and mu is not None:
+        return math.exp(mu) if scheduler.config.time_shift_type == "exponential" else mu
     if scheduler.config.get("use_dynamic_shifting"):
         raise UserError(
             f"the scheduler {type(scheduler).__name__} shifts its times by the size of the image "
             "(use_dynamic_shifting): set model.shift"
         )
     return float(scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0)
+
+
+def mu_of(scheduler: Any, tokens: int) -> float:
+    """What pipelines that shift by the size of the image tell `scheduler` of one of so many `tokens`: a line."""
+    known = scheduler.config
+    (few, low), (many, high) = (
+        (known.get(f"{end}_image_seq_len", count), known.get(f"{end}_shift", shift))
+        for end, count, shift in (("base", 256, 0.5), ("max", 4096, 1.15))
+    )
+    return low + (high - low) * (tokens - few) / (many - few)
 
 
 def flow_scheduler(flow_shift: float = 1.0) -> Any:
@@ -97,16 +111,25 @@ def renoising_flow_scheduler(steps: int, flow_shift: float = 1.0) -> Any:
 
 
 def student_scheduler(
-    teacher: Any, kind: Kind, transition: str, steps: int, flow_shift: float = 1.0, prompted: bool = False
+    teacher: Any,
+    kind: Kind,
+    transition: str,
+    steps: int,
+    flow_shift: float = 1.0,
+    prompted: bool = False,
+    even: bool = False,
 ) -> Any:
     """The stock scheduler to save beside a student of `steps` passes; None where diffusers has none for its steps.
 
-    `teacher` is the scheduler the process came from; `prompted` says that the pipeline reads prompts.
+    `teacher` is the scheduler the process came from; `prompted` says that the pipeline reads prompts, `even` that it
+    hands the scheduler even times.
     """
     if kind == "flow_prediction":
         if steps > 1 and transition == "renoise" and prompted:
             return renoising_flow_scheduler(steps, flow_shift)
-        return flow_scheduler(flow_shift) if steps == 1 or transition == "ode" else None
+        if steps > 1 and transition != "ode":
+            return None
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=flow_shift) if even else flow_scheduler(flow_shift)
     if steps > 1 and transition not in ("ode", "renoise"):
         return None
     if transition == "ode" or steps == 1:
@@ -120,21 +143,26 @@ def student_scheduler(
     )
 
 
-def steps_of(scheduler: Any, steps: int) -> list[Step]:
-    """The (told, level) pairs a diffusers scheduler walks in `steps` passes, its truncation of timesteps included."""
+def steps_of(scheduler: Any, steps: int, even: bool = False) -> list[Step]:
+    """The (told, level) pairs a diffusers scheduler walks in `steps` passes, its truncation of timesteps included.
+
+    `even` says that its pipeline hands it the times 1, .., 1 / steps, before the shift.
+    """
     trained = scheduler.config.num_train_timesteps
     if steps > trained:
         raise UserError(f"{steps} steps were asked for, but the schedule has only {trained}")
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(steps, **({"sigmas": np.linspace(1, 1 / steps, steps)} if even else {}))
     if _flows(scheduler):
         pairs = zip(scheduler.timesteps.tolist(), scheduler.sigmas[:-1].tolist(), strict=True)
         return [Step(told / trained, sigma) for told, sigma in pairs]
     return [Step((index + 1) / trained, (index + 1) / trained) for index in scheduler.timesteps.tolist()]
 
 
-def student_steps(schedule: NoiseSchedule, scheduler: Any | None, steps: int, flow_shift: float) -> list[Step]:
+def student_steps(
+    schedule: NoiseSchedule, scheduler: Any | None, steps: int, flow_shift: float, even: bool = False
+) -> list[Step]:
     """The student's steps: those of the scheduler that will be exported, or evenly spaced and shifted without one."""
     if scheduler is not None:
-        return steps_of(scheduler, steps)
+        return steps_of(scheduler, steps, even)
     even = shift(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), flow_shift)
     return [Step(t, t) for t in schedule.snap(even).tolist()]

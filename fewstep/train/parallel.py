@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fewstep.models.families import FAMILIES
 from fewstep.models.passes import networks_of
 from fewstep.models.precision import cast_inputs, dtype_of, stays_float32
 from fewstep.objectives.base import Objective
@@ -22,22 +22,6 @@ from fewstep.train import processes
 
 if TYPE_CHECKING:
     from fewstep.train.player import Player
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The classes of a network's repeated blocks, and the names of those that stay whole with the root."""
-
-    classes: tuple[str, ...]
-    whole: tuple[str, ...] = ()
-
-
-# Families for which diffusers names no blocks itself (`_no_split_modules`).
-BLOCKS = {
-    "UNet2DModel": Blocks(("ResnetBlock2D", "Attention")),
-    # Its forward reads the time embedding of the first block from outside that block.
-    "DiTTransformer2DModel": Blocks(("BasicTransformerBlock",), whole=("transformer_blocks.0",)),
-}
 
 
 def mesh(device: torch.device) -> Any:
@@ -48,10 +32,16 @@ def mesh(device: torch.device) -> Any:
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a diffusers network, children before the blocks that hold them."""
-    rule = BLOCKS.get(type(net).__name__) or Blocks(tuple(getattr(net, "_no_split_modules", None) or ()))
+    """The repeated blocks of a diffusers network, children before the blocks that hold them.
+
+    They are those that diffusers names, or else those of its row. One whose time embedding is read from outside of it,
+    as DiT's forward does, stays whole with the root.
+    """
+    family = FAMILIES.get(type(net).__name__)
+    kinds = getattr(net, "_no_split_modules", None) or (family.blocks if family else ())
+    inside = family.time_embedding if family else ""
     named = reversed(list(net.named_modules()))
-    return [block for name, block in named if type(block).__name__ in rule.classes and name not in rule.whole]
+    return [block for name, block in named if type(block).__name__ in kinds and not inside.startswith(f"{name}.")]
 
 
 def shard(net: nn.Module, over: Any, dtype: torch.dtype = torch.float32) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.models import loading, tiny
-from fewstep.models.codec import Codec, codec_of, open_codec
+from fewstep.models.codec import Codec
+from fewstep.models.codecs import codec_of, open_codec
 
 FAMILIES = tuple(tiny.MAKERS)
 

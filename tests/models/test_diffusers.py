@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fewstep.core.batch import Condition
 from fewstep.core.schedule import EDM, VP, Flow, Trig
-from fewstep.models.diffusers import FAMILIES, DiffusersBackbone, network_time
+from fewstep.models.diffusers import DiffusersBackbone, network_time
 from fewstep.models.embedders import TimeEmbedder
+from fewstep.models.families import FAMILIES
 
 Make = Callable[..., nn.Module]
 SHAPE = (3, 8, 8)

@@ -14,7 +14,7 @@ from fewstep.core.batch import Condition
 from fewstep.core.schedule import VP, Flow
 from fewstep.models import schedulers, tiny
 from fewstep.models.backbone import Guided
-from fewstep.models.codec import codec_of
+from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared

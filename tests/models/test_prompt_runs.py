@@ -17,7 +17,7 @@ from fewstep.core.errors import UserError
 from fewstep.data.captioned import attributes_of
 from fewstep.data.source import CaptionedSource
 from fewstep.models import tiny
-from fewstep.models.codec import codec_of
+from fewstep.models.codecs import codec_of
 from fewstep.rollout import Rollout
 
 CONFIG = """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.core.batch import Condition
 from fewstep.core.schedule import Flow
 from fewstep.models import tiny
-from fewstep.models.codec import codec_of
+from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
 
 CLASSES = ("unet2d", "dit", "unet2d_condition", "sd3", "wan")

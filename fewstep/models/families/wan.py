@@ -1,0 +1,54 @@
+"""Wan 2.1: videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from fewstep.core.errors import UserError
+from fewstep.models.codec import Codec
+from fewstep.models.family import Family, middle, named_inputs
+
+
+class Wan(Codec):
+    """Videos; one UMT5, with zeros after the prompt."""
+
+    UNUSED: ClassVar[Mapping[str, Any]] = {"transformer_2": None}
+    VIDEOS = True
+    max_sequence_length = 512  # of the pipeline's call; its encode_prompt alone would take 226
+
+    def _embed(self, prompts):
+        embeds, _ = self.pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self._device,
+        )
+        return {"encoder_hidden_states": embeds}
+
+    def _limits(self):
+        yield self.pipeline.tokenizer, self.max_sequence_length
+
+    def latent_shape(self, height, width, frames=None):
+        factor = self.pipeline.vae_scale_factor_temporal
+        if frames is None or frames % factor != 1:
+            raise UserError(
+                f"{frames or 'no'} frames were asked for, but this model makes videos of a multiple of {factor} "
+                "frames and one"
+            )
+        _, patch, _ = self.pipeline.transformer.config.patch_size
+        grid = self._grid(height, width, self.pipeline.vae_scale_factor_spatial, patch)
+        return self.vae.config.z_dim, (frames - 1) // factor + 1, *grid
+
+
+ROWS = {
+    "WanTransformer3DModel": Family(
+        call=named_inputs,
+        tap=middle("blocks"),
+        time_embedding="condition_embedder.time_embedder",
+        blocks=("WanTransformerBlock",),
+        processors=("WanAttnProcessor",),
+        reads="text_dim",
+    )
+}
+CODECS = {"WanPipeline": Wan}
