@@ -31,7 +31,7 @@ _SMALL = (
     "evals.measure_every=0",
     "save.every=1",
 )
-_FRAMES = "data.frames=5"
+_FRAMES = "data.frames=9"
 
 
 def load(file: str | Path, overrides: Sequence[str] = ()) -> list[Config]:

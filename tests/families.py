@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from typing import Any
 
-import diffusers
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,14 +23,11 @@ from fewstep.models.loading import part_of
 FAMILIES = tuple(tiny.MAKERS)
 PROMPTS = ["a red cat", "two dogs"]
 T = torch.tensor([0.3, 0.8])
+SIDE, FRAMES = 16, 9
 
 
 def denoiser(pipeline: Any) -> nn.Module:
     return getattr(pipeline, part_of(pipeline))
-
-
-def video(pipeline: Any) -> bool:
-    return isinstance(pipeline, diffusers.WanPipeline)
 
 
 def backbone_of(pipeline: Any, negative: str = "") -> DiffusersBackbone:
@@ -39,12 +38,16 @@ def backbone_of(pipeline: Any, negative: str = "") -> DiffusersBackbone:
 
 def sized(pipeline: Any) -> dict[str, int]:
     """The size that the tiny networks and the default conditions are made for."""
-    return {"height": 16, "width": 16, **({"num_frames": 5} if video(pipeline) else {})}
+    return {"height": SIDE, "width": SIDE, **({"num_frames": FRAMES} if codec_of(pipeline).VIDEOS else {})}
+
+
+def shape_of(codec: Codec) -> tuple[int, ...]:
+    """Of one sample of that size."""
+    return codec.latent_shape(SIDE, SIDE, FRAMES if codec.VIDEOS else None)
 
 
 def noise_for(pipeline: Any) -> Tensor:
-    shape = codec_of(pipeline).latent_shape(16, 16, 5 if video(pipeline) else None)
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, *shape_of(codec_of(pipeline)), generator=torch.Generator().manual_seed(1))
 
 
 def asked(pipeline: Any) -> tuple[DiffusersBackbone, Tensor, Condition]:
@@ -52,23 +55,27 @@ def asked(pipeline: Any) -> tuple[DiffusersBackbone, Tensor, Condition]:
     return backbone_of(pipeline), noise_for(pipeline), codec_of(pipeline).encode_prompts(PROMPTS)
 
 
-def their_walk(pipeline: Any, steps: int, negative: str | None, **given: Any) -> list[Tensor]:
+def their_walk(pipeline: Any, steps: int, negative: str | None, guidance: float = 5.0) -> list[Tensor]:
     """The latents after every step of the pipeline's own loop."""
-    seen: list[Tensor] = []
+    codec, seen = codec_of(pipeline), []
+    asked, step = codec.guided_by(guidance), pipeline.scheduler.step
+    if negative is None and "true_cfg_scale" in asked:
+        negative = ""  # such a pipeline does not guide without one
+    if guidance > 1:
+        asked["negative_prompt"] = None if negative is None else [negative] * len(PROMPTS)
 
-    def keep(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append(tensors["latents"].clone())
-        return tensors
+    @functools.wraps(step)
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        found = step(*args, **kwargs)
+        seen.append(codec.unpacked(found[0].clone(), shape_of(codec)))
+        return found
 
-    pipeline(
-        PROMPTS,
-        negative_prompt=None if negative is None else [negative] * len(PROMPTS),
-        num_inference_steps=steps,
-        output_type="latent",
-        callback_on_step_end=keep,
-        callback_on_step_end_tensor_inputs=["latents"],
-        **{"guidance_scale": 5.0, "latents": noise_for(pipeline), **sized(pipeline), **given},
-    )
+    pipeline.scheduler.step = kept
+    latents = codec.packed(noise_for(pipeline))
+    try:
+        pipeline(PROMPTS, num_inference_steps=steps, output_type="latent", latents=latents, **sized(pipeline), **asked)
+    finally:
+        del pipeline.scheduler.step
     return seen
 
 
@@ -81,7 +88,10 @@ def our_walk(pipeline: Any, steps: int, negative: str | None) -> list[Tensor]:
 def walk(backbone: DiffusersBackbone, codec: Codec, scheduler: Any, steps: int) -> list[Tensor]:
     guided, cond, seen = Guided(backbone, 5.0), codec.encode_prompts(PROMPTS), []
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
+    given: dict[str, Any] = {"sigmas": np.linspace(1, 1 / steps, steps)} if codec.EVEN_SIGMAS else {}
+    if scheduler.config.get("use_dynamic_shifting"):
+        given["mu"] = math.log(codec.time_shift(scheduler, shape_of(codec)))
+    scheduler.set_timesteps(steps, **given)
     x = noise_for(codec.pipeline) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
         told = (timestep + 1 if isinstance(guided.schedule, VP) else timestep) / 1000

@@ -37,10 +37,11 @@ from tests.family_runs import DMD2, build_run, play
 ROOT = Path(__file__).parents[1]
 ROUNDING = 2e-5
 """Float32 sums in another order, over two or three steps of an optimizer, relative."""
-IDLE = re.compile(r"attentions\.\d\.to_k\.bias$|transformer_blocks\.2\.attn\.(add_q_proj|norm_added_q)\.")
-"""Without a gradient: softmax does not see a bias of all keys, and nobody reads the text of SD3's last block."""
-LAST = {"sd3": "transformer_blocks.2", "wan": "blocks.1"}
-"""A late block."""
+IDLE = {
+    "unet2d": r"attentions\.\d\.to_k\.bias$",  # softmax does not see a bias of all keys
+    "sd3": r"transformer_blocks\.2\.attn\.(add_q_proj|norm_added_q)\.",  # nobody reads the text of the last block
+}
+"""Family -> its weights without a gradient."""
 T = families.T
 LORA = {"lora": {"rank": 2, "targets": ["to_q", "to_v", "to_out.0"]}}
 
@@ -57,6 +58,11 @@ class Bench:
 
     def run(self, objective: dict[str, Any], players: dict[str, dict] | None = None, **model: Any) -> Run:
         return build_run(self.family, self.folder, objective, players, **model)
+
+    @property
+    def idle(self) -> str:
+        """What its weights without a gradient are called."""
+        return IDLE.get(self.family, "(?!)")
 
     def asked(self) -> tuple[DiffusersBackbone, Tensor, Condition]:
         """The backbone of the plain pipeline and something to ask it."""
@@ -103,14 +109,20 @@ def heard(run: Run) -> set[str]:
     }
 
 
-def learns(run: Run, again: Run, steps: int = 2) -> str:
+def late(backbone: DiffusersBackbone) -> str:
+    """A block behind the usual tap: the last of its list."""
+    blocks, _, index = backbone.tap.rpartition(".")
+    return f"{blocks}.{len(backbone.net.get_submodule(blocks)) - 1}" if index.isdigit() else "up_blocks.0"
+
+
+def learns(idle: str, run: Run, again: Run, steps: int = 2) -> str:
     """Every trained tensor moves, the teacher does not, and two micro-batches are one batch; the latter's distance."""
     started, fixed = state_of(run), {k: v.clone() for k, v in base_weights(run).items()}
     curves = play(run, range(steps))
     assert all(torch.tensor(list(logs.values())).isfinite().all() for logs in curves)
     ended = state_of(run)
     trained = [f"{name}/network/{k}" for name, p in run.players.items() for k, _ in p.modules[0].named_parameters()]
-    still = [name for name in trained if torch.equal(ended[name], started[name]) and not IDLE.search(name)]
+    still = [name for name in trained if torch.equal(ended[name], started[name]) and not re.search(idle, name)]
     # A gradient of 1e-9 is one, though it is less than the last digit of the weight.
     still = [name for name in still if name not in heard(run)]
     assert not still, still
@@ -142,28 +154,51 @@ def step(bench: Bench) -> str:
     return figure(distance)
 
 
+def codec(bench: Bench) -> str:
+    """What latents look like is what the pipeline shows, and what the VAE loses of an image is all that is lost."""
+    pipeline = bench.pipeline()
+    if bench.family == "unet2d":
+        theirs = Pixels().walk(pipeline, 1)
+        shown = pipeline(class_labels=[0], generator=torch.Generator().manual_seed(0), output_type="np").images
+        distance = apart((theirs / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), torch.as_tensor(shown))
+        assert distance < 1e-5, distance
+        return figure(distance)
+    own = codec_of(pipeline)
+    latents, size = families.noise_for(pipeline), families.sized(pipeline)
+    given = {"latents": own.packed(latents), "num_inference_steps": 1, **size, **own.guided_by(1.0)}
+    made = own.unpacked(pipeline(families.PROMPTS, output_type="latent", **given)[0], latents.shape[1:])
+    shown = torch.as_tensor(pipeline(families.PROMPTS, output_type="pt", **given)[0])
+    mine = (own.decode(made) / 2 + 0.5).clamp(0, 1)
+    distance = apart(mine.transpose(1, 2) if own.VIDEOS else mine, shown)
+    assert distance < 1e-5, distance
+    again = own.decode(latents)
+    told = own.decode(own.encode(again.clamp(-1, 1)))
+    assert again.shape == told.shape and told.isfinite().all()
+    return figure(distance)
+
+
 def dmd2(bench: Bench) -> str:
-    return learns(*(bench.run(DMD2) for _ in range(2)))
+    return learns(bench.idle, *(bench.run(DMD2) for _ in range(2)))
 
 
 def phased(bench: Bench) -> str:
-    return learns(*(bench.run({"name": "phased_dmd", "ratio": 1}) for _ in range(2)))
+    return learns(bench.idle, *(bench.run({"name": "phased_dmd", "ratio": 1}) for _ in range(2)))
 
 
 def consistency(bench: Bench) -> str:
     node = {"name": "consistency", "distance": "l2"}
-    return learns(*(bench.run(node, {"generator": {}}, transition="renoise") for _ in range(2)), steps=1)
+    return learns(bench.idle, *(bench.run(node, {"generator": {}}, transition="renoise") for _ in range(2)), steps=1)
 
 
 def reflow(bench: Bench) -> str:
-    return learns(*(bench.run({"name": "rectified_flow"}, {"generator": {}}) for _ in range(2)), steps=1)
+    return learns(bench.idle, *(bench.run({"name": "rectified_flow"}, {"generator": {}}) for _ in range(2)), steps=1)
 
 
 def lora_generator(bench: Bench) -> str:
     """It learns, and fused it says the same."""
     # A moves from the second move on: at the first its B is zero.
     runs = [bench.run({**DMD2, "ratio": 1}, {"generator": LORA, "fake_score": {}}) for _ in range(2)]
-    learns(*runs)
+    learns(bench.idle, *runs)
     voice, (_, x, cond) = runs[0].triad.generator, bench.asked()
     assert isinstance(voice, Voice)
     with torch.no_grad():
@@ -174,13 +209,13 @@ def lora_generator(bench: Bench) -> str:
 
 def lora_critic(bench: Bench) -> str:
     """Beside a whole generator; the bare network below it stays the teacher."""
-    return learns(*(bench.run(DMD2, {"generator": {}, "fake_score": LORA}) for _ in range(2)))
+    return learns(bench.idle, *(bench.run(DMD2, {"generator": {}, "fake_score": LORA}) for _ in range(2)))
 
 
 def stopped(bench: Bench) -> str:
     """A forward that stops behind two tapped blocks has the features of a whole one, to the bit."""
     backbone, x, cond = bench.asked()
-    names = list(dict.fromkeys([backbone.tap, LAST.get(bench.family, "up_blocks.0")]))
+    names = list(dict.fromkeys([backbone.tap, late(backbone)]))
     whole, part = backbone(x, T, cond, taps=names), backbone(x, T, cond, taps=names, stop=True)
     assert part.value.numel() == 0 and torch.equal(whole.value, backbone(x, T, cond).value)
     assert list(whole.features) == list(part.features) == names
@@ -311,7 +346,7 @@ def exported(bench: Bench) -> str:
         noise = start.normal("", run.shape)
     else:
         noise = families.noise_for(pipeline)
-        theirs = families.their_walk(pipeline, 2, None, guidance_scale=1.0)[-1]
+        theirs = families.their_walk(pipeline, 2, None, guidance=1.0)[-1]
         told = codec_of(pipeline).encode_prompts(families.PROMPTS, size=(16, 16))
     with torch.no_grad():
         distance = apart(rollout(net, noise, told, None).x0, theirs)  # type: ignore[arg-type]
@@ -321,6 +356,7 @@ def exported(bench: Bench) -> str:
 
 CELLS: dict[str, Cell] = {
     "one step": step,
+    "codec": codec,
     "DMD2 + GAN": dmd2,
     "phased": phased,
     "consistency": consistency,

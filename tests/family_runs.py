@@ -25,16 +25,17 @@ from fewstep.core.batch import Batch, Pair
 from fewstep.core.draw import Draw
 from fewstep.data.source import PromptSource
 from fewstep.models import schedulers, tiny
+from fewstep.models.codecs import codec_of
 from fewstep.train import checkpoint, processes
 from fewstep.train.loop import train_step
 
 FAMILIES = ("unet2d", *tiny.MAKERS)
 BATCH = 4
+FRAMES = 9
 PLAYER = {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-2, "ema": 0.9}
 """A large eps keeps Adam's first moves from following the sign of rounding errors."""
 DMD2 = {"name": "dmd2", "ratio": 2, "gan_weight": 0.5, "gan_critic_weight": 0.5}
 SCORES = ("generator", "fake_score")
-SIZES = {"unet2d": {"source": "scenes"}, "wan": {"frames": 5}}
 
 
 def unet2d() -> Any:
@@ -85,13 +86,16 @@ def write(family: str, folder: Path, objective: dict[str, Any], players: dict[st
     (folder / "prompts.txt").write_text("a disc\ntwo rings\na red one\n")
     changes = players or {name: {} for name in SCORES}
     file = folder / "cell.yaml"
+    what: dict[str, Any] = {"source": "scenes"} if family == "unet2d" else {}
+    if family != "unet2d" and codec_of(make(family)).VIDEOS:
+        what = {"frames": FRAMES}
     node = {
         "name": "cell",
         "batch": BATCH,
         "model": {"teacher": str(teacher(family, folder)), "steps": 2, "guidance": 3.0, **model},
         "objective": objective,
         "players": {name: PLAYER | change for name, change in changes.items()},
-        "data": {"source": str(folder / "prompts.txt"), "resolution": 16, **SIZES.get(family, {})},
+        "data": {"source": str(folder / "prompts.txt"), "resolution": 16, **what},
     }
     file.write_text(json.dumps(node))
     return file

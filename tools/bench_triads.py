@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep import build, config, memory, plan
 from fewstep.core.errors import UserError
 from fewstep.models import tiny
+from fewstep.models.tiny import parts
 
 GPU = torch.cuda.is_available()
 KERNELS = ("sdpa", "math", "flash", "xformers", "flex")
@@ -83,7 +84,7 @@ def cases(family: str) -> list[Case]:
 
 def sdxl() -> Any:
     """Stable Diffusion XL with the published UNet's shape; encoders and VAE are stand-ins of the right widths."""
-    pipeline = tiny.stable_diffusion_xl()
+    pipeline = tiny.MAKERS["sdxl"]()
     unet = diffusers.UNet2DConditionModel(
         sample_size=128,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -97,14 +98,14 @@ def sdxl() -> Any:
         projection_class_embeddings_input_dim=2816,
         use_linear_projection=True,
     )
-    pipeline.register_modules(unet=unet, text_encoder=tiny.clip(768), text_encoder_2=tiny.clip(1280, projection=1280))
+    pipeline.register_modules(unet=unet, text_encoder=parts.clip(768), text_encoder_2=parts.clip(1280, projection=1280))
     return pipeline
 
 
 def wan() -> Any:
     """Wan 2.1 with the published 1.3B transformer's shape; encoder and VAE are stand-ins of the right widths."""
     channels = 16
-    pipeline = tiny.wan()
+    pipeline = tiny.MAKERS["wan"]()
     transformer = diffusers.WanTransformer3DModel(
         num_attention_heads=12,
         attention_head_dim=128,
@@ -121,7 +122,7 @@ def wan() -> Any:
         "latents_mean": [0.0] * channels,
         "latents_std": [1.0] * channels,
     }
-    encoder = tiny.t5(transformers.UMT5Config, transformers.UMT5EncoderModel, 4096)
+    encoder = parts.t5(transformers.UMT5Config, transformers.UMT5EncoderModel, 4096)
     vae = diffusers.AutoencoderKLWan.from_config(sizes)
     pipeline.register_modules(transformer=transformer, text_encoder=encoder, vae=vae)
     return pipeline

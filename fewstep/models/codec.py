@@ -72,7 +72,10 @@ class Codec(nn.Module):
         self.embedded_guidance = scale
 
     def guided_by(self, scale: float) -> dict[str, Any]:
-        """The arguments by which the pipeline's own call guides; at a scale of 1 it asks the network once a step."""
+        """The arguments by which the pipeline's own call guides; at a scale of 1 it asks the network once a step.
+
+        What it needs to be told to take prompts and sizes as they are is among them.
+        """
         return {"guidance_scale": scale}
 
     def packed(self, latents: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fewstep.data.captioned import attributes_of
 from fewstep.data.source import CaptionedSource
 from fewstep.models import tiny
 from fewstep.models.codecs import codec_of
+from fewstep.models.tiny import parts
 from fewstep.rollout import Rollout
 
 CONFIG = """
@@ -235,10 +236,10 @@ def test_a_student_of_few_tokens_says_so_in_its_export(file: Path, prompts: Path
 
 
 UNMATCHED = {
-    "channels": ({"vae": lambda: tiny.image_vae(scaling_factor=2.6, latent_channels=8)}, "latents of 8 channels"),
-    "texts": ({"text_encoder": lambda: tiny.clip(12)}, "give 12 features a token"),
-    "no scale": ({"vae": lambda: tiny.image_vae(scaling_factor=None)}, "does not say its scale"),
-    "scale": ({"vae": lambda: tiny.image_vae(scaling_factor=0.05)}, "have a deviation of 0.0"),
+    "channels": ({"vae": lambda: parts.image_vae(scaling_factor=2.6, latent_channels=8)}, "latents of 8 channels"),
+    "texts": ({"text_encoder": lambda: parts.clip(12)}, "give 12 features a token"),
+    "no scale": ({"vae": lambda: parts.image_vae(scaling_factor=None)}, "does not say its scale"),
+    "scale": ({"vae": lambda: parts.image_vae(scaling_factor=0.05)}, "have a deviation of 0.0"),
 }
 
 

@@ -3,11 +3,51 @@
 from __future__ import annotations
 
 from fewstep.models.codec import Codec
-from fewstep.models.families import dit, stable_diffusion, stable_diffusion_3, unet2d, wan
+from fewstep.models.families import (
+    aura_flow,
+    chroma,
+    cogvideox,
+    cogview,
+    dit,
+    flux,
+    flux2,
+    hunyuan_dit,
+    hunyuan_video,
+    ltx,
+    lumina2,
+    mochi,
+    pixart,
+    qwen_image,
+    sana,
+    stable_diffusion,
+    stable_diffusion_3,
+    unet2d,
+    wan,
+    z_image,
+)
 from fewstep.models.family import Family
 
 LABELLED = (unet2d, dit)
-PROMPTED = (stable_diffusion, stable_diffusion_3, wan)
+PROMPTED = (
+    stable_diffusion,
+    stable_diffusion_3,
+    pixart,
+    hunyuan_dit,
+    cogview,
+    sana,
+    aura_flow,
+    lumina2,
+    flux,
+    chroma,
+    flux2,
+    qwen_image,
+    z_image,
+    wan,
+    cogvideox,
+    ltx,
+    hunyuan_video,
+    mochi,
+)
 
 FAMILIES: dict[str, Family] = {name: row for family in (*LABELLED, *PROMPTED) for name, row in family.ROWS.items()}
 """Class of the network -> its row."""

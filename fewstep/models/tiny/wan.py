@@ -1,0 +1,46 @@
+"""Wan 2.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import transformers
+
+from fewstep.models.tiny.parts import byte_tokenizer, t5
+
+
+def wan(scheduler: Any = None) -> Any:
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+    )
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.4, 0.6, 0.2, 0.3],
+    )
+    return diffusers.WanPipeline(
+        tokenizer=byte_tokenizer(),
+        text_encoder=t5(transformers.UMT5Config, transformers.UMT5EncoderModel, 16),
+        vae=vae,
+        transformer=transformer,
+        scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+MAKERS = {"wan": wan}
+STANDS_FOR = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan",
+}
