@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from fewstep.build import Run
+from fewstep.models.experts import TimeExperts
 from fewstep.models.loading import named, part_of
 from fewstep.models.lora import Factors
 
 BOTH = "pytorch_lora_weights.safetensors"
 """goes onto the plain teacher; the name that `load_lora_weights` looks for in a folder"""
+EXPERTS = ("high_noise_lora_weights.safetensors", "low_noise_lora_weights.safetensors")
+"""of a pipeline with two experts, one for each"""
 ALONE = "distillation_lora_weights.safetensors"
 """goes onto a teacher that wears model.lora"""
 
@@ -34,11 +37,19 @@ def _files(run: Run) -> dict[str, dict[str, Factors]]:
 
     learned = lora_files.factors_of(net.net, net.voice)  # type: ignore[arg-type]
     assert learned is not None
-    own = {part_of(codec.pipeline): learned}
+    part = part_of(codec.pipeline)
+    if isinstance(net.net, TimeExperts):
+        return {file: {part: _of_expert(i, learned)} for i, file in enumerate(EXPERTS)}
+    own = {part: learned}
     if run.config.model.lora is None:
         return {BOTH: own}
     gained = run.teacher.gained
     return {ALONE: own} | ({BOTH: lora_files.added(gained, own)} if gained is not None else {})
+
+
+def _of_expert(index: int, learned: Factors) -> Factors:
+    prefix = f"experts.{index}."
+    return {name.removeprefix(prefix): pair for name, pair in learned.items() if name.startswith(prefix)}
 
 
 def how(run: Run) -> str:
@@ -60,14 +71,26 @@ def how(run: Run) -> str:
             f"from diffusers import DiffusionPipeline{'' if run.scheduler is None else f', {scheduler}'}\n",
             f'pipeline = DiffusionPipeline.from_pretrained("{named(str(run.config.model.teacher))}")  # the teacher',
             f"pipeline.scheduler = {opened}  # this folder",
-            *([_ONE] if worn is None or run.teacher.gained is not None else _two(worn, run.config.model.lora_scale)),
+            *_loads(run),
         ]
     )
     notes = ["Then it is sampled as above."] if worn is None else _notes(run, named(worn))
     return "\n\n".join([f"## As a LoRA\n\n```python\n{code}\n```", *notes])
 
 
+_EXPERTS = [
+    f'pipeline.load_lora_weights(".", weight_name="{EXPERTS[0]}", adapter_name="high")',
+    f'pipeline.load_lora_weights(".", weight_name="{EXPERTS[1]}", adapter_name="low", load_into_transformer_2=True)',
+]
 _ONE = 'pipeline.load_lora_weights(".")'
+
+
+def _loads(run: Run) -> list[str]:
+    """The lines that put the LoRA onto the teacher."""
+    worn = run.config.model.lora
+    if isinstance(run.teacher.net, TimeExperts):
+        return _EXPERTS
+    return [_ONE] if worn is None or run.teacher.gained is not None else _two(worn, run.config.model.lora_scale)
 
 
 def _two(worn: str, scale: float) -> list[str]:

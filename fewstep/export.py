@@ -23,9 +23,9 @@ from fewstep.carried import is_carried, scheduler_of, trusted
 from fewstep.config import Config, RoleConfig
 from fewstep.core.errors import UserError
 from fewstep.models.diffusers import DiffusersBackbone
-from fewstep.models.loading import locate, named
+from fewstep.models.loading import locate, named, network_of
 from fewstep.rollout import Rollout
-from fewstep.routes import Pixels, Route, draws, exportable, left_out, part_of, route_of, save_plainly, stock
+from fewstep.routes import Pixels, Route, draws, exportable, left_out, route_of, save_plainly, stock
 from fewstep.train import checkpoint
 
 CARD = "README.md"
@@ -97,7 +97,7 @@ def _check(run: Run, backbone: DiffusersBackbone, net: nn.Module, route: Route, 
     lacking |= trusted(scheduler_of(run))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **lacking)
     pipeline.set_progress_bar_config(disable=True)
-    opened, meant = getattr(pipeline, part_of(pipeline)).eval(), net.state_dict()
+    opened, meant = network_of(pipeline).eval(), net.state_dict()
     if any(not torch.equal(value, meant[name].to(value.dtype)) for name, value in opened.state_dict().items()):
         raise OSError("its weights are not those that were written")
     theirs = route.walk(pipeline, len(run.rollout))

@@ -21,7 +21,8 @@ from fewstep.models.backbone import Routed
 from fewstep.models.codec import Codec
 from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
-from fewstep.models.loading import part_of
+from fewstep.models.experts import models_of
+from fewstep.models.loading import parts_of
 from fewstep.rollout import COUNT
 
 
@@ -79,9 +80,9 @@ class Prompted:
             self.tag = "text-to-video"
 
     def pipeline(self, net: nn.Module, scheduler: Any, cast: Callable[[nn.Module], nn.Module]) -> Any:
-        parts, denoiser = self.teacher.components, part_of(self.teacher)
-        around = {k: cast(part) for k, part in parts.items() if isinstance(part, nn.Module) and k != denoiser}
-        parts = {**around, denoiser: net, "scheduler": scheduler}
+        parts, denoisers = self.teacher.components, parts_of(self.teacher)
+        around = {k: cast(part) for k, part in parts.items() if isinstance(part, nn.Module) and k not in denoisers}
+        parts = {**around, **dict(zip(denoisers, models_of(net), strict=True)), "scheduler": scheduler}
         # Unasked, `from_pipe` turns every part into float32.
         return type(self.teacher).from_pipe(self.teacher, dtype=next(net.parameters()).dtype, **parts)
 

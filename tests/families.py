@@ -18,7 +18,7 @@ from fewstep.models.backbone import Guided
 from fewstep.models.codec import Codec
 from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
-from fewstep.models.loading import part_of
+from fewstep.models.loading import network_of
 
 FAMILIES = tuple(tiny.MAKERS)
 PROMPTS = ["a red cat", "two dogs"]
@@ -27,7 +27,7 @@ SIDE, FRAMES = 16, 9
 
 
 def denoiser(pipeline: Any) -> nn.Module:
-    return getattr(pipeline, part_of(pipeline))
+    return network_of(pipeline)
 
 
 def backbone_of(pipeline: Any, negative: str = "") -> DiffusersBackbone:

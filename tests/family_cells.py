@@ -26,6 +26,7 @@ from fewstep.core.errors import UserError
 from fewstep.models import attention, schedulers
 from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.experts import TimeExperts, model_of
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared, Voice
 from fewstep.rollout import Rollout, transition
@@ -112,11 +113,12 @@ def heard(run: Run) -> set[str]:
 def late(backbone: DiffusersBackbone) -> str:
     """A block behind the usual tap: the last of its list."""
     blocks, _, index = backbone.tap.rpartition(".")
-    return f"{blocks}.{len(backbone.net.get_submodule(blocks)) - 1}" if index.isdigit() else "up_blocks.0"
+    return f"{blocks}.{len(model_of(backbone.net).get_submodule(blocks)) - 1}" if index.isdigit() else "up_blocks.0"
 
 
 def learns(idle: str, run: Run, again: Run, steps: int = 2) -> str:
     """Every trained tensor moves, the teacher does not, and two micro-batches are one batch; the latter's distance."""
+    steps *= 4 if isinstance(run.teacher.net, TimeExperts) else 1  # until each has been asked
     started, fixed = state_of(run), {k: v.clone() for k, v in base_weights(run).items()}
     curves = play(run, range(steps))
     assert all(torch.tensor(list(logs.values())).isfinite().all() for logs in curves)

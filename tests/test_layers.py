@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "fewstep.train": (
         "fewstep.core",
         "fewstep.models.backbone",
+        "fewstep.models.experts",
         "fewstep.models.families",
         "fewstep.models.lora",
         "fewstep.models.passes",

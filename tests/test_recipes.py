@@ -164,6 +164,11 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
     # arXiv:2503.07274
     "sd21_agd": [{"objective": {"name": "agd"}, "data": {"resolution": 512}}],
     # arXiv:2510.27684
+    "wan22_phased_dmd": [
+        {"batch": 64, "model": {"guidance": 4.0, "steps": 4}, "objective": {"phases": 2, "phase": k, "ratio": 5}}
+        | {"players": {"generator": {"lr": 5e-5, "lora": {"rank": 64, "alpha": 8.0}}, "fake_score": {"lr": 4e-7}}}
+        for k in (1, 2)
+    ],
     "wan21_phased_dmd": [
         {"batch": 64, "model": {"guidance": 4.0, "steps": 4}, "objective": {"phases": 2, "ratio": 5}}
         | {"players": {"generator": {"lr": 5e-5, "lora": {"rank": 64, "alpha": 8.0}}, "fake_score": {"lr": 4e-7}}}
@@ -251,11 +256,14 @@ def test_a_recipe_trains_samples_and_reloads_in_plain_diffusers(recipe: str, tmp
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "export", **trusted)
     pipeline.set_progress_bar_config(disable=True)
     frames = {"num_frames": run.config.data.frames} if run.config.data.frames else {}
-    asked = {"height": 16, "width": 16, "num_inference_steps": len(run.rollout), "guidance_scale": 1.0, **frames}
+    asked = {"height": 16, "width": 16, "num_inference_steps": len(run.rollout), **frames}
     noise = torch.Generator().manual_seed(3)
     routes.draw_from(pipeline, noise)
-    theirs = pipeline("a disc", **asked, generator=noise, output_type="latent", return_dict=False)[0]
-    told = codec_of(pipeline).encode_prompts(["a disc"], size=(16, 16))
+    assert run.teacher.codec is not None
+    codec = codec_of(pipeline).like(run.teacher.codec)
+    asked |= codec.guided_by(1.0)
+    latents = pipeline("a disc", **asked, generator=noise, output_type="latent", return_dict=False)[0]
+    theirs, told = codec.unpacked(latents, run.shape), codec.encode_prompts(["a disc"], size=(16, 16))
     again = export.SameNoise(3, 1)
     with torch.no_grad():
         walk = Rollout(run.rollout.steps, run.rollout.step)  # dials are folded into the weights
@@ -296,7 +304,7 @@ def test_tiny_says_what_it_will_do_and_leaves_what_is_overridden(capsys: pytest.
     shown = config.load(RECIPES["wan21_dmd2"])[0]
     (made,) = [OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))]
     assert isinstance(made, dict) and (made["name"], made["steps"], made["batch"]) == ("mine", 5, 2)
-    assert (made["data"]["source"], made["data"]["resolution"], made["data"]["frames"]) == ("captioned", 16, 5)
+    assert (made["data"]["source"], made["data"]["resolution"], made["data"]["frames"]) == ("captioned", 16, 9)
     assert made["model"] == OmegaConf.to_container(OmegaConf.structured(shown.model))
     assert cli.main(["train", recipe, "--tiny", "--dry-run"]) == 0
     assert "player fake_score: " in capsys.readouterr().out

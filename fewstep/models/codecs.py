@@ -12,6 +12,7 @@ from torch import nn
 from fewstep.core.errors import UserError
 from fewstep.models import loading
 from fewstep.models.codec import Codec
+from fewstep.models.experts import models_of
 from fewstep.models.families import CODECS
 
 
@@ -51,7 +52,8 @@ def open_codec(
         found.source,
         dtype={"default": dtype, "vae": torch.float32},
         use_safetensors=True,
-        **{found.part: shaped.net, "scheduler": shaped.scheduler, **shapes, **lacking, **family.UNUSED, **found.where},
+        **dict(zip(found.parts, models_of(shaped.net), strict=True)),
+        **{"scheduler": shaped.scheduler, **shapes, **lacking, **family.UNUSED, **found.where},
     )
     return family(pipeline)
 

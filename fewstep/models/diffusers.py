@@ -14,7 +14,8 @@ from fewstep.core.prediction import Kind, Prediction
 from fewstep.core.schedule import VP, NoiseSchedule
 from fewstep.models.backbone import Backbone
 from fewstep.models.embedders import TimeEmbedder
-from fewstep.models.families import FAMILIES
+from fewstep.models.experts import TimeExperts, model_of, models_of
+from fewstep.models.families import FAMILIES, family_of
 from fewstep.models.precision import computing, joint
 from fewstep.models.taps import Stopped, tapped
 
@@ -26,6 +27,11 @@ def network_time(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     if isinstance(schedule, VP):
         return (t.double() * schedule.steps - 1).clamp(min=0).float()
     return (t.double() * 1000).float()
+
+
+def _last_linear(embedding: nn.Module) -> nn.Linear:
+    """Whose output, of the time embedding, a dial is added to."""
+    return [module for module in embedding.modules() if isinstance(module, nn.Linear)][-1]
 
 
 class DiffusersBackbone(Backbone):
@@ -46,14 +52,13 @@ class DiffusersBackbone(Backbone):
         unconditional: Condition | None = None,
     ):
         super().__init__()
-        # A sharded network is of a class made from its own.
-        names = [kind.__name__ for kind in type(net).__mro__ if kind.__name__ in FAMILIES]
-        if not names:
+        family = family_of(net)
+        if family is None:
             name = type(net).__name__
             raise ValueError(f"no row for {name} in the table of families: it has {', '.join(sorted(FAMILIES))}")
         self.net, self.schedule, self.kind = net, schedule, kind
         self.null_label, self.unconditional = null_label, unconditional
-        self.family = FAMILIES[names[0]]
+        self.family = family
         self.dials = nn.ModuleDict()
 
     def fused(self) -> DiffusersBackbone:
@@ -63,7 +68,16 @@ class DiffusersBackbone(Backbone):
     @property
     def tap(self) -> str:
         """The block a discriminator reads by default."""
-        return self.family.tap(self.net)
+        return self.family.tap(model_of(self.net))
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Whose output is the time embedding; of several experts, that of the one that speaks."""
+        return self.net.get_submodule(self._within(self.family.time_embedding))
+
+    def _within(self, name: str) -> str:
+        """What a part of the network is called in `net`."""
+        return f"experts.{self.net.speaking}.{name}" if isinstance(self.net, TimeExperts) else name
 
     def add_dial(self, name: str) -> None:
         """Feeds the dial `name`, or the second time `to`, to the network. Starts without any effect."""
@@ -73,18 +87,15 @@ class DiffusersBackbone(Backbone):
     def folded(self, name: str, told: float) -> DiffusersBackbone:
         """A network that says what this one says when the dial `name`, or `to`, is `told`: it becomes a bias."""
         alone = copy.deepcopy(self)
-        last = alone._last_linear()
-        second = alone.dials.pop(SECOND_TIME if name == "to" else name)(last.weight.new_full((1,), told))[0]
-        last.bias = nn.Parameter(second if last.bias is None else last.bias + second.to(last.bias.dtype))
+        embedder = alone.dials.pop(SECOND_TIME if name == "to" else name)
+        for model in models_of(alone.net):
+            last = _last_linear(model.get_submodule(self.family.time_embedding))
+            second = embedder(last.weight.new_full((1,), told))[0]
+            last.bias = nn.Parameter(second if last.bias is None else last.bias + second.to(last.bias.dtype))
         return alone
 
-    def _last_linear(self) -> nn.Linear:
-        """Whose output, of the time embedding, a dial is added to."""
-        linears = [m for m in self.net.get_submodule(self.family.time_embedding).modules() if isinstance(m, nn.Linear)]
-        return linears[-1]
-
     def _embedding_width(self) -> int:
-        return self._last_linear().out_features
+        return _last_linear(self.embedding).out_features
 
     def guide(self, unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> Tensor:
         """As the pipeline of the family guides."""
@@ -124,7 +135,7 @@ class DiffusersBackbone(Backbone):
         def add(module: nn.Module, args: object, output: Tensor) -> Tensor:
             return output + extra.to(output.dtype)
 
-        return self.net.get_submodule(self.family.time_embedding).register_forward_hook(add)
+        return self.embedding.register_forward_hook(add)
 
     def forward(
         self,
@@ -137,18 +148,29 @@ class DiffusersBackbone(Backbone):
         stop: bool = False,
     ) -> Prediction:
         self._refuse_unheard(cond, to)
+        if not isinstance(self.net, TimeExperts):
+            return self._speak(x_t, t, cond, to, taps, stop)
+
+        def speak(rows: Tensor) -> Prediction:
+            return self._speak(x_t[rows], t[rows], cond[rows], None if to is None else to[rows], taps, stop)
+
+        return self.net.shared_out(t, speak)
+
+    def _speak(
+        self, x_t: Tensor, t: Tensor, cond: Condition, to: Tensor | None, taps: Sequence[str], stop: bool
+    ) -> Prediction:
         timestep = network_time(self.schedule, t)
         handle = self._embedding_hook(cond, to) if cond.dials or to is not None else None
         value = x_t.new_empty(0)
         try:
             with (
                 computing(self.net, x_t.device.type),
-                tapped(self.net, taps, stop, self.family.feature) as features,
+                tapped(self.net, [self._within(name) for name in taps], stop, self.family.feature) as features,
                 suppress(Stopped),
             ):
                 value = self.family.call(self.net, x_t, timestep, cond)
         finally:
             if handle is not None:
                 handle.remove()
-        features = {name: joint(feature) for name, feature in features.items()}
+        features = {name: joint(features[self._within(name)]) for name in taps}
         return Prediction(joint(value), self.kind, x_t, t, self.schedule, features)

@@ -12,7 +12,8 @@ from torch import nn
 
 from fewstep.models import attention, precision
 from fewstep.models.attention import Attention
-from fewstep.models.families import FAMILIES
+from fewstep.models.experts import models_of
+from fewstep.models.families import family_of
 from fewstep.models.offload import is_offloaded, offload
 from fewstep.models.precision import DTYPES, Precision
 
@@ -58,10 +59,12 @@ def repeated_blocks(net: nn.Module) -> Iterator[nn.Module]:
 
     That one is reached from outside: by the hooks of dials, and by DiT's own forward.
     """
-    family = FAMILIES[type(net).__name__]
-    for name, block in net.named_modules():
-        if type(block).__name__ in family.blocks and not family.time_embedding.startswith(f"{name}."):
-            yield block
+    family = family_of(net)
+    assert family is not None
+    for model in models_of(net):
+        for name, block in model.named_modules():
+            if type(block).__name__ in family.blocks and not family.time_embedding.startswith(f"{name}."):
+                yield block
 
 
 def compile_blocks(net: nn.Module) -> None:

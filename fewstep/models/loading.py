@@ -17,6 +17,7 @@ from torch import nn
 
 from fewstep.core.errors import UserError
 from fewstep.models import hub
+from fewstep.models.experts import TimeExperts
 from fewstep.models.families import FAMILIES
 
 DENOISERS = ("unet", "transformer")
@@ -107,14 +108,26 @@ class Pipeline:
         return node[1] if isinstance(node, list) and len(node) == 2 else None
 
     @property
-    def part(self) -> str:
-        """The name of the denoiser's folder. Raises UserError for a pipeline without or with two."""
+    def parts(self) -> list[str]:
+        """The names of the denoiser's folders: one, or one for each expert in time, noisiest first.
+
+        Raises UserError for a pipeline without any, and for several that no boundary in time tells apart.
+        """
         parts = [name for name in self.index if name.startswith(DENOISERS) and self.class_of(name)]
         if not parts:
             raise UserError(f"the pipeline at {self.source} has no denoiser: none of {', '.join(DENOISERS)} is there")
-        if len(parts) > 1:
-            raise UserError(f"the pipeline at {self.source} has {' and '.join(parts)}, but fewstep takes one denoiser")
-        return parts[0]
+        if len(parts) != len(self.bounds) + 1:
+            raise UserError(
+                f"the pipeline at {self.source} has {' and '.join(parts)}, but fewstep takes one denoiser, or two with "
+                "a boundary_ratio in model_index.json"
+            )
+        return sorted(parts)
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """The times at which one expert hands over to the next."""
+        bound = self.index.get("boundary_ratio")
+        return () if bound is None else (float(bound),)
 
 
 def find(source: str, revision: str | None = None) -> Pipeline:
@@ -136,9 +149,24 @@ def find(source: str, revision: str | None = None) -> Pipeline:
         ) from None
 
 
+def parts_of(pipeline: Any) -> list[str]:
+    """The names of an open pipeline's denoiser: one, or one for each expert."""
+    there = (name for name, part in pipeline.components.items() if part is not None)
+    return sorted(name for name in there if name.startswith(DENOISERS))
+
+
 def part_of(pipeline: Any) -> str:
-    """The name of an open pipeline's denoiser."""
-    return next(name for name in DENOISERS if name in pipeline.components)
+    """The name of an open pipeline's denoiser, or of its first expert."""
+    return parts_of(pipeline)[0]
+
+
+def network_of(pipeline: Any) -> nn.Module:
+    """The denoiser of an open pipeline."""
+    return _together([getattr(pipeline, part) for part in parts_of(pipeline)], pipeline.config.get("boundary_ratio"))
+
+
+def _together(nets: list[nn.Module], bound: float | None) -> nn.Module:
+    return nets[0] if len(nets) == 1 else TimeExperts(nets, [bound])  # type: ignore[list-item]
 
 
 def load(source: str, revision: str | None = None, weights: bool = True, buffers: bool = False) -> Loaded:
@@ -166,11 +194,12 @@ def _model(folder: str, config: dict[str, Any], weights: bool, buffers: bool) ->
 def weight_files(source: str, revision: str | None = None) -> list[Path]:
     """The safetensors files of the denoiser that `load` reads; none where it would not find any."""
     if _is_model(source):
-        place = Pipeline(str(locate(source)), {}, {})
-        part = None
-    else:
-        place = find(source, revision)
-        part = place.part
+        return _weight_files(Pipeline(str(locate(source)), {}, {}), None)
+    place = find(source, revision)
+    return [file for part in place.parts for file in _weight_files(place, part)]
+
+
+def _weight_files(place: Pipeline, part: str | None) -> list[Path]:
     index = _file(place, part, SAFE_WEIGHTS_INDEX_NAME)
     names = sorted(set(_read_json(index)["weight_map"].values())) if index else [SAFETENSORS_WEIGHTS_NAME]
     return [file for name in names if (file := _file(place, part, name)) is not None]
@@ -189,8 +218,12 @@ def _file(pipeline: Pipeline, part: str | None, name: str) -> Path | None:
 
 def denoiser(pipeline: Pipeline, weights: bool = True, buffers: bool = False) -> Loaded:
     """The denoiser and the scheduler of a pipeline; see `load`."""
-    kind = _class(str(pipeline.class_of(pipeline.part)))
-    net = _network(kind, pipeline.source, weights, buffers, subfolder=pipeline.part, **pipeline.where)
+    nets = [
+        _network(
+            _class(str(pipeline.class_of(part))), pipeline.source, weights, buffers, subfolder=part, **pipeline.where
+        )
+        for part in pipeline.parts
+    ]
     scheduler_class = getattr(diffusers, pipeline.class_of("scheduler") or "?", None)
     if pipeline.class_of("scheduler") == "FewStepScheduler":
         raise UserError(
@@ -199,6 +232,7 @@ def denoiser(pipeline: Pipeline, weights: bool = True, buffers: bool = False) ->
         )
     if scheduler_class is None:
         raise UserError(f"the pipeline at {pipeline.source} has no scheduler that diffusers knows")
+    net = _together(nets, *pipeline.bounds) if pipeline.bounds else nets[0]
     return Loaded(net, pretrained(scheduler_class, pipeline.source, subfolder="scheduler", **pipeline.where))
 
 

@@ -58,6 +58,8 @@ def fuse(pipeline: Any, net: nn.Module, source: str, scale: float = 1.0) -> dict
     there, is no safetensors file, or does not fit.
     """
     file, denoiser = find(source), loading.part_of(pipeline)
+    if len(experts := loading.parts_of(pipeline)) > 1:
+        raise UserError(f"model.lora goes onto one denoiser, and this pipeline has {' and '.join(experts)}: remove it")
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"diffusers loads no LoRA into a {type(pipeline).__name__}: remove model.lora")
     shaped = getattr(pipeline, denoiser)

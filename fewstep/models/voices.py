@@ -107,7 +107,7 @@ class Shared(nn.Module):
                 handle.remove()
 
     def _embedding(self) -> nn.Module:
-        return self.backbone.net.get_submodule(self.backbone.family.time_embedding)
+        return self.backbone.embedding
 
     def _halves_of(self, voice: str) -> list[nn.Module]:
         """A and B of every layer that `voice` has."""

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fewstep.models.families import FAMILIES
+from fewstep.models.experts import models_of
+from fewstep.models.families import family_of
 from fewstep.models.passes import networks_of
 from fewstep.models.precision import cast_inputs, dtype_of, stays_float32
 from fewstep.objectives.base import Objective
@@ -37,10 +38,10 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
     They are those that diffusers names, or else those of its row. One whose time embedding is read from outside of it,
     as DiT's forward does, stays whole with the root.
     """
-    family = FAMILIES.get(type(net).__name__)
+    family = family_of(net)
     kinds = getattr(net, "_no_split_modules", None) or (family.blocks if family else ())
     inside = family.time_embedding if family else ""
-    named = reversed(list(net.named_modules()))
+    named = [pair for model in models_of(net) for pair in reversed(list(model.named_modules()))]
     return [block for name, block in named if type(block).__name__ in kinds and not inside.startswith(f"{name}.")]
 
 

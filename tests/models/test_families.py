@@ -16,6 +16,7 @@ from fewstep.models import schedulers, tiny
 from fewstep.models.backbone import Guided
 from fewstep.models.codecs import codec_of
 from fewstep.models.diffusers import DiffusersBackbone
+from fewstep.models.experts import model_of
 from fewstep.models.lora import LoraSpec
 from fewstep.models.voices import Shared
 from tests.families import FAMILIES, PROMPTS, T, asked, denoiser, our_walk, shape_of, their_walk
@@ -52,7 +53,7 @@ def test_a_condition_is_what_the_pipeline_tells_its_denoiser(family: str, change
     pipeline = tiny.make(family, **changes)
     told: dict[str, Any] = {}
     hook = lambda module, args, kwargs: told.update(kwargs)
-    handle = denoiser(pipeline).register_forward_pre_hook(hook, with_kwargs=True)
+    handle = model_of(denoiser(pipeline)).register_forward_pre_hook(hook, with_kwargs=True)
     their_walk(pipeline, 1, None, guidance=1.0)
     handle.remove()
     told |= told.get("added_cond_kwargs") or {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from fewstep.models.codec import Codec
+from fewstep.models.experts import model_of
 from fewstep.models.families import (
     aura_flow,
     chroma,
@@ -51,6 +54,14 @@ PROMPTED = (
 
 FAMILIES: dict[str, Family] = {name: row for family in (*LABELLED, *PROMPTED) for name, row in family.ROWS.items()}
 """Class of the network -> its row."""
+
+
+def family_of(net: nn.Module) -> Family | None:
+    """The row of a network, which may be sharded or of several experts; None where there is none."""
+    # A sharded network is of a class made from its own.
+    names = [kind.__name__ for kind in type(model_of(net)).__mro__]
+    return next((FAMILIES[name] for name in names if name in FAMILIES), None)
+
 
 CODECS: dict[str, type[Codec]] = {name: codec for family in PROMPTED for name, codec in family.CODECS.items()}
 """Class of the pipeline -> its codec."""

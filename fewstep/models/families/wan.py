@@ -1,9 +1,6 @@
-"""Wan 2.1: videos."""
+"""Wan 2.1 and 2.2: videos, the latter by two experts."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any, ClassVar
 
 from fewstep.core.errors import UserError
 from fewstep.models.codec import Codec
@@ -13,7 +10,6 @@ from fewstep.models.family import Family, middle, named_inputs
 class Wan(Codec):
     """Videos; one UMT5, with zeros after the prompt."""
 
-    UNUSED: ClassVar[Mapping[str, Any]] = {"transformer_2": None}
     VIDEOS = True
     max_sequence_length = 512  # of the pipeline's call; its encode_prompt alone would take 226
 

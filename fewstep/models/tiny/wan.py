@@ -1,4 +1,4 @@
-"""Wan 2.1."""
+"""Wan 2.1 and 2.2."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import transformers
 from fewstep.models.tiny.parts import byte_tokenizer, t5
 
 
-def wan(scheduler: Any = None) -> Any:
-    transformer = diffusers.WanTransformer3DModel(
+def _transformer() -> Any:
+    return diffusers.WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
         in_channels=4,
@@ -21,6 +21,9 @@ def wan(scheduler: Any = None) -> Any:
         ffn_dim=16,
         num_layers=2,
     )
+
+
+def wan(scheduler: Any = None, experts: bool = False) -> Any:
     vae = diffusers.AutoencoderKLWan(
         base_dim=3,
         z_dim=4,
@@ -34,13 +37,16 @@ def wan(scheduler: Any = None) -> Any:
         tokenizer=byte_tokenizer(),
         text_encoder=t5(transformers.UMT5Config, transformers.UMT5EncoderModel, 16),
         vae=vae,
-        transformer=transformer,
+        transformer=_transformer(),
+        transformer_2=_transformer() if experts else None,
+        boundary_ratio=0.875 if experts else None,
         scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 
-MAKERS = {"wan": wan}
+MAKERS = {"wan": wan, "wan22": lambda: wan(experts=True)}
 STANDS_FOR = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22",
 }
