@@ -31,7 +31,7 @@ def write(run: Run, pipeline: Any, folder: Path, dtype: torch.dtype) -> None:
 def _files(run: Run) -> dict[str, dict[str, Factors]]:
     """File -> what each part of the pipeline gains by it."""
     codec, net = run.teacher.codec, run.evaluated()
-    if run.config.players["generator"].lora is None or codec is None:
+    if run.config.players["generator"].lora is None or codec is None or not codec.PROMPTED:
         return {}
     from fewstep.models import lora_files  # peft, which only adapters need
 
@@ -56,7 +56,7 @@ def how(run: Run) -> str:
     """What a model card says of the files; empty for a generator that is no LoRA."""
     if run.config.players["generator"].lora is None:
         return ""
-    if run.teacher.codec is None:
+    if not run.teacher.prompted:
         net = type(run.teacher.net).__name__
         return (
             f"## As a LoRA\n\nThe LoRA is fused into the weights and not a file, for diffusers loads none into a {net}."

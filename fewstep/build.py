@@ -34,6 +34,7 @@ from fewstep.models.codecs import open_codec
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.execution import Execution, execute
 from fewstep.models.execution import describe as describe_execution
+from fewstep.models.families import CODECS
 from fewstep.models.lora import Factors
 from fewstep.models.passes import networks_of
 from fewstep.objectives import base as objectives
@@ -61,6 +62,11 @@ class Teacher:
 
     def backbone(self, net: nn.Module | None = None) -> DiffusersBackbone:
         return DiffusersBackbone(net or self.net, self.schedule, self.kind, self.null_label, self.unconditional)
+
+    @property
+    def prompted(self) -> bool:
+        """Whether it reads prompts."""
+        return self.codec is not None and self.codec.PROMPTED
 
     @property
     def even(self) -> bool:
@@ -192,7 +198,8 @@ def build_teacher(
     null_label = _null_label(config, backbone, labels)
     codec = _codec(config, backbone, codecs)
     gained = _wear(config, codec, loaded.net, weights)
-    unconditional = codec.unconditional(model.negative_prompt) if codec is not None else None
+    prompted = codec is not None and codec.PROMPTED
+    unconditional = codec.unconditional(model.negative_prompt) if codec is not None and prompted else None
     shift = model.shift or _time_shift(config, codec, scheduler)
     net = loaded.net.float().eval()
     teacher = Teacher(net, schedule, kind, scheduler, null_label, shift, codec, unconditional, gained)
@@ -209,15 +216,19 @@ def _time_shift(config: Config, codec: Codec | None, scheduler: Any) -> float:
 
 
 def _codec(config: Config, backbone: DiffusersBackbone, codecs: Callable[..., Codec]) -> Codec | None:
-    """The text encoders and the VAE of a network that reads prompts. Raises UserError where they are not at hand."""
-    if not backbone.family.prompts:
+    """The VAE, and the text encoders of a network that reads prompts. Raises UserError where these are not at hand.
+
+    None for a network on pixels.
+    """
+    teacher, revision = config.model.teacher, config.model.revision
+    latents = teacher is not None and loading.pipeline_class(teacher, revision) in CODECS
+    if not backbone.family.prompts and not latents:
         return None
-    teacher = config.model.teacher
     if teacher is None or (loading.locate(teacher) / "config.json").is_file():
         raise UserError(
             "a network that reads prompts comes with its text encoders: set model.teacher to the folder of its pipeline"
         )
-    codec = codecs(teacher, config.model.revision)
+    codec = codecs(teacher, revision)
     if config.model.max_sequence_length is not None:
         codec.give_tokens(config.model.max_sequence_length)
     if config.model.embedded_guidance is not None:
@@ -254,21 +265,23 @@ def _shape(teacher: Teacher, config: Config) -> tuple[int, ...]:
 
 def _refuse_unmatched(teacher: Teacher, channels: int) -> None:
     """Raises UserError where the denoiser, the VAE and the text encoders are not those of one pipeline."""
-    family, vae = teacher.backbone().family, teacher.codec.vae.config  # type: ignore[union-attr]
+    family = teacher.backbone().family
     if (taken := family.channels(teacher.net)) != channels:
         raise UserError(
             f"the VAE of this pipeline makes latents of {channels} channels, but its {type(teacher.net).__name__} "
             f"takes {taken}: put the two of one model into model.teacher"
         )
-    reads = teacher.net.config[str(family.reads)]
+    if not teacher.codec.scaled:  # type: ignore[union-attr]
+        raise UserError("the VAE of this pipeline does not say its scale: set scaling_factor in its config.json")
+    if family.reads is None:
+        return
+    reads = teacher.net.config[family.reads]
     given = teacher.unconditional.inputs["encoder_hidden_states"].shape[-1]  # type: ignore[union-attr]
     if given != reads:
         raise UserError(
             f"the text encoders of this pipeline give {given} features a token, but its {type(teacher.net).__name__} "
             f"reads {reads}: put those of one model into model.teacher"
         )
-    if vae.get("scaling_factor") is None and vae.get("latents_std") is None:
-        raise UserError("the VAE of this pipeline does not say its scale: set scaling_factor in its config.json")
 
 
 _SCALES = (0.2, 5.0)  # the usual scales are .13 to .18: left out or applied twice they are outside
@@ -301,7 +314,8 @@ def _check_cache(config: Config, teacher: Teacher, source: Source) -> None:
 
 def conditions_of(teacher: Teacher, source: Source, resolution: int) -> Conditions:
     """What the networks are told of the samples of `source`."""
-    if teacher.codec is not None:
+    if teacher.prompted:
+        assert teacher.codec is not None
         if isinstance(source, PromptSource | Pictures):
             teacher.codec.refuse_long(list(dict.fromkeys(source.captions(torch.arange(source.epoch or 0)))))
         return Prompts(teacher.codec, source, (resolution, resolution))
@@ -597,8 +611,8 @@ def build_triad(
 
 def stock_scheduler(config: Config, teacher: Teacher) -> Any | None:
     """The student's scheduler, or None where diffusers has none for its steps."""
-    model, prompted = config.model, teacher.codec is not None
-    told = (teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift, prompted, teacher.even)
+    model, even = config.model, teacher.even
+    told = (teacher.scheduler, teacher.kind, model.transition, model.steps, teacher.shift, teacher.prompted, even)
     return schedulers.student_scheduler(*told)
 
 

@@ -162,7 +162,7 @@ def _distilled(run: Run) -> bool:
 
 
 def _how(run: Run) -> str:
-    return _how_to_prompt(run) if run.teacher.codec is not None else _how_to_label(run)
+    return _how_to_prompt(run) if run.teacher.prompted else _how_to_label(run)
 
 
 def _how_to_prompt(run: Run) -> str:
@@ -197,16 +197,19 @@ def _how_to_label(run: Run) -> str:
     steps, labels, null = len(run.rollout), run.source.labels, run.teacher.null_label
     count = min(4, len(labels)) or 4
     asked = f"    class_labels={list(range(count))},  # one for each image\n" if labels else ""
+    # The pipelines on latents count the labels, and would guide unasked.
+    many, scale = (f"    batch_size={count},\n", "") if run.teacher.codec is None else ("", "    guidance_scale=1.0,\n")
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("."{_trust(run)})  # this folder\n'
-        f"images = pipeline(\n    batch_size={count},\n{asked}    num_inference_steps={steps},\n"
+        f"images = pipeline(\n{many}{asked}    num_inference_steps={steps},\n{scale}"
         "    generator=torch.Generator().manual_seed(0),\n).images\n"
     )
     notes = [f"`num_inference_steps={steps}` is needed: the pipeline's own default is 1."] if steps > 1 else []
-    if labels:
+    if labels and run.teacher.codec is None:
         meaning = "" if null is None else f', class {null} included, which means "no class"'
         notes.append(f"Without `class_labels` the pipeline draws labels at random{meaning}; no generator seeds them.")
+    if labels:
         notes.append("Labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)) + ".")
     notes[:1] = [notes[0] + _why_trust(run)] if notes else []
     return f"## Sampling\n\n```python\n{code}```\n\n" + "\n\n".join(notes)

@@ -300,7 +300,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def protocol(run: Run, truth: Truth, count: int) -> str:
-    asked = "unseen captions" if run.teacher.codec is not None else "labels in turn"
+    asked = "unseen captions" if run.teacher.prompted else "labels in turn"
     return (
         f"{count} images at seed {SAMPLE_SEED}, {asked}, against {truth.protocol} (seed {HELD_OUT}); "
         f"features of assets/{reader_folder(run.source).name}; precision to coverage with k = 5 on "

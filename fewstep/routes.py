@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,41 @@ class Prompted:
         return codec_of(pipeline).like(self.codec).encode_prompts([""], size=self.size)
 
 
-Route = Pixels | Prompted
+class Latents:
+    """A class-conditional network on latents, as its teacher's own pipeline."""
+
+    tag = "unconditional-image-generation"
+
+    def __init__(self, codec: Codec):
+        self.codec = codec
+
+    def pipeline(self, net: nn.Module, scheduler: Any, cast: Callable[[nn.Module], nn.Module]) -> Any:
+        teacher = self.codec.pipeline
+        return type(teacher)(net, cast(teacher.vae), scheduler)
+
+    def walk(self, pipeline: Any, steps: int) -> Tensor:
+        """What the pipeline makes of label 0 and the noise of seed 0: latents (1, *S)."""
+        states: list[Tensor] = []
+        step = pipeline.scheduler.step
+
+        @wraps(step)
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            moved = step(*args, **kwargs)
+            states.append(moved[0] if isinstance(moved, tuple) else moved.prev_sample)
+            return moved
+
+        pipeline.scheduler.step = kept
+        generator = torch.Generator().manual_seed(0)
+        pipeline([0], num_inference_steps=steps, generator=generator, output_type="np", **self.codec.guided_by(1.0))
+        del pipeline.scheduler.step
+        return states[-1]
+
+    def told(self, pipeline: Any) -> Condition:
+        """What `walk` told the network."""
+        return Condition({"class_labels": torch.zeros(1, dtype=torch.long)})
+
+
+Route = Pixels | Latents | Prompted
 
 
 def exportable(run: Run) -> DiffusersBackbone:
@@ -145,6 +179,8 @@ def exportable(run: Run) -> DiffusersBackbone:
 
 def route_of(run: Run, net: nn.Module) -> Route:
     """The pipeline that runs `net`. Raises UserError where there is none."""
+    if run.teacher.codec is not None and not run.teacher.prompted:
+        return Latents(run.teacher.codec)
     if run.teacher.codec is not None:
         side, frames = run.config.data.resolution, run.config.data.frames
         return Prompted(run.teacher.codec, (side, side), frames, run.config.model.max_sequence_length)

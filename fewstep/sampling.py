@@ -37,6 +37,7 @@ __all__ = ["Sampler", "add_arguments", "labelled_grid", "main", "open_folder"]
 
 MANY_STEPS = 50
 """passes for a folder that does not say how many it was made for"""
+_PIXELS_AT_ONCE = 250
 _LATENTS_AT_ONCE = 4  # each becomes an image of a million pixels
 _COLUMNS = 20
 _TILE = 64
@@ -66,7 +67,7 @@ class Sampler:
     classes: int
     decode: Callable[[Tensor], Tensor] = _clamped
     encode: Callable[[list[str]], Condition] | None = None
-    at_once: int = 250
+    at_once: int = _PIXELS_AT_ONCE
 
     def name(self, asked: Asked) -> str:
         if isinstance(asked, str):
@@ -154,8 +155,11 @@ def _of_run(
     if base_first is not None:
         rollout = measure.relay(run, rollout, base_first)
     codec = run.teacher.codec
-    if codec is None:
-        return Sampler(net, rollout, run.shape, run.source.labels, len(run.source.labels))
+    if not run.teacher.prompted:
+        at_once = _PIXELS_AT_ONCE if codec is None else _LATENTS_AT_ONCE
+        labels = run.source.labels
+        return Sampler(net, rollout, run.shape, labels, len(labels), run.decode, at_once=at_once)
+    assert codec is not None
     encode = _encoder(codec, run.config.data.resolution)
     return Sampler(net, rollout, run.shape, (), 0, run.decode, encode, _LATENTS_AT_ONCE)
 
@@ -177,21 +181,23 @@ def _of_pipeline(folder: Path, steps: int | None, guidance: float) -> Sampler:
     device = build.pick_device("auto")
     codec = _codec(folder, header).to(device) if found.index.get("_class_name") in CODECS else None
     shape, side = _size(folder, loaded.net, codec, header)
-    net = DiffusersBackbone(
-        loaded.net.eval(), schedule, kind, header.get("null_label"), codec and codec.unconditional()
-    )
-    generator = _guided(net, net.null_label is not None or codec is not None, guidance).to(device)
+    prompted = codec is not None and codec.PROMPTED
+    unconditional = codec.unconditional() if codec is not None and prompted else None
+    net = DiffusersBackbone(loaded.net.eval(), schedule, kind, header.get("null_label"), unconditional)
+    generator = _guided(net, net.null_label is not None or prompted, guidance).to(device)
     if codec is None:
         shift, even = schedulers.time_shift(scheduler), False
     else:
         shift, even = codec.time_shift(scheduler, shape), codec.EVEN_SIGMAS
-    same = schedulers.student_scheduler(scheduler, kind, step, steps, shift, codec is not None, even)
+    same = schedulers.student_scheduler(scheduler, kind, step, steps, shift, prompted, even)
     rollout = Rollout(schedulers.steps_of(same, steps, even), transition(step))
-    if codec is None:
-        names = tuple(str(name) for name in (header.get("id2label") or {}).values())
-        return Sampler(generator, rollout, shape, names, len(names) or net.family.classes(loaded.net) or 0)
-    decode, encode = lambda x: codec.decode(x).clamp(-1, 1), _encoder(codec, side)
-    return Sampler(generator, rollout, shape, (), 0, decode, encode, _LATENTS_AT_ONCE)
+    decode = _clamped if codec is None else lambda x: codec.decode(x).clamp(-1, 1)
+    at_once = _PIXELS_AT_ONCE if codec is None else _LATENTS_AT_ONCE
+    if codec is not None and prompted:
+        return Sampler(generator, rollout, shape, (), 0, decode, _encoder(codec, side), at_once)
+    names = tuple(str(name) for name in (header.get("id2label") or {}).values())
+    classes = len(names) or net.family.classes(loaded.net) or 0
+    return Sampler(generator, rollout, shape, names, classes, decode, at_once=at_once)
 
 
 def _codec(folder: Path, header: dict[str, Any]) -> Codec:

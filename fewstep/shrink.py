@@ -10,6 +10,7 @@ from fewstep import config
 from fewstep.config import Config
 from fewstep.core.errors import UserError
 from fewstep.models import tiny
+from fewstep.models.families import CODECS
 from fewstep.models.loading import locate
 from fewstep.train import processes
 from fewstep.train.rundir import RunDir
@@ -21,7 +22,6 @@ _SMALL = (
     "micro_batches=1",
     "model.revision=null",
     "data.source=captioned",
-    "data.resolution=16",
     "data.cache=0",
     "data.prepared=null",
     "pairs.count=4",
@@ -31,6 +31,7 @@ _SMALL = (
     "evals.measure_every=0",
     "save.every=1",
 )
+_LABELLED = ["data.source=scenes"]
 _FRAMES = "data.frames=9"
 
 
@@ -44,7 +45,9 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
     for stage in full:
         _family(stage)
     frames = [_FRAMES] if full[0].data.frames is not None else []
-    return config.load(file, [f"name={full[0].name}_tiny", *_SMALL, *frames, *overrides])
+    frames += _LABELLED if _family(full[0]) in tiny.LABELLED else []
+    side = f"data.resolution={_side(_family(full[0]))}"
+    return config.load(file, [f"name={full[0].name}_tiny", *_SMALL, side, *frames, *overrides])
 
 
 def furnish(configs: Sequence[Config], root: Path) -> None:
@@ -67,6 +70,11 @@ def _family(stage: Config) -> str:
             "make the run short with steps=2 batch=2"
         )
     return tiny.family_of(teacher)
+
+
+def _side(family: str) -> int:
+    """In pixels: 16, or the least that its pipeline takes."""
+    return max(16, CODECS[type(tiny.make(family)).__name__].MULTIPLE)
 
 
 def _made(family: str, root: Path) -> Path:

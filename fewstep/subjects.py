@@ -57,7 +57,7 @@ class Generated:
 
 def of_run(name: str, run: Run, net: Backbone, rollout: Rollout, seed: int = measure.SAMPLE_SEED) -> Generated:
     """A network of a run, asked for what the run asks for when it is looked at."""
-    asked = "unseen captions" if run.teacher.codec is not None else "labels in turn"
+    asked = "unseen captions" if run.teacher.prompted else "labels in turn"
     source = {"seed": seed, "asked": asked, "steps": len(rollout)}
     if isinstance(rollout, Relay):
         source["base_first"] = rollout.first

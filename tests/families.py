@@ -24,6 +24,7 @@ FAMILIES = tuple(tiny.MAKERS)
 PROMPTS = ["a red cat", "two dogs"]
 T = torch.tensor([0.3, 0.8])
 SIDE, FRAMES = 16, 9
+LABELS, NULL = [0, 3], 1000
 
 
 def denoiser(pipeline: Any) -> nn.Module:
@@ -32,18 +33,33 @@ def denoiser(pipeline: Any) -> nn.Module:
 
 def backbone_of(pipeline: Any, negative: str = "") -> DiffusersBackbone:
     schedule, kind = schedulers.read(pipeline.scheduler)
-    row = codec_of(pipeline).unconditional(negative)
-    return DiffusersBackbone(denoiser(pipeline), schedule, kind, unconditional=row)
+    codec = codec_of(pipeline)
+    if not codec.PROMPTED:
+        return DiffusersBackbone(denoiser(pipeline), schedule, kind, null_label=NULL)
+    return DiffusersBackbone(denoiser(pipeline), schedule, kind, unconditional=codec.unconditional(negative))
+
+
+def told(codec: Codec) -> Condition:
+    """Two prompts, or two labels."""
+    if not codec.PROMPTED:
+        return Condition({"class_labels": torch.tensor(LABELS)})
+    return codec.encode_prompts(PROMPTS, size=(side_of(codec), side_of(codec)))
+
+
+def side_of(codec: Codec) -> int:
+    """Of the squares that are made, in pixels."""
+    return max(SIDE, codec.MULTIPLE)
 
 
 def sized(pipeline: Any) -> dict[str, int]:
-    """The size that the tiny networks and the default conditions are made for."""
-    return {"height": SIDE, "width": SIDE, **({"num_frames": FRAMES} if codec_of(pipeline).VIDEOS else {})}
+    """The size that is asked of a pipeline."""
+    codec = codec_of(pipeline)
+    return dict.fromkeys(("height", "width"), side_of(codec)) | ({"num_frames": FRAMES} if codec.VIDEOS else {})
 
 
 def shape_of(codec: Codec) -> tuple[int, ...]:
     """Of one sample of that size."""
-    return codec.latent_shape(SIDE, SIDE, FRAMES if codec.VIDEOS else None)
+    return codec.latent_shape(side_of(codec), side_of(codec), FRAMES if codec.VIDEOS else None)
 
 
 def noise_for(pipeline: Any) -> Tensor:
@@ -52,7 +68,15 @@ def noise_for(pipeline: Any) -> Tensor:
 
 def asked(pipeline: Any) -> tuple[DiffusersBackbone, Tensor, Condition]:
     """The backbone of a pipeline and something to ask it."""
-    return backbone_of(pipeline), noise_for(pipeline), codec_of(pipeline).encode_prompts(PROMPTS)
+    return backbone_of(pipeline), noise_for(pipeline), told(codec_of(pipeline))
+
+
+def starting(pipeline: Any) -> dict[str, Any]:
+    """The arguments of a pipeline's call that ask for two samples, from the noise of `noise_for`."""
+    codec = codec_of(pipeline)
+    if not codec.PROMPTED:
+        return {"class_labels": LABELS, "generator": torch.Generator().manual_seed(1)}
+    return {"prompt": PROMPTS, "latents": codec.packed(noise_for(pipeline)), **sized(pipeline)}
 
 
 def their_walk(pipeline: Any, steps: int, negative: str | None, guidance: float = 5.0) -> list[Tensor]:
@@ -61,19 +85,18 @@ def their_walk(pipeline: Any, steps: int, negative: str | None, guidance: float 
     asked, step = codec.guided_by(guidance), pipeline.scheduler.step
     if negative is None and "true_cfg_scale" in asked:
         negative = ""  # such a pipeline does not guide without one
-    if guidance > 1:
-        asked["negative_prompt"] = None if negative is None else [negative] * len(PROMPTS)
+    if guidance > 1 and codec.PROMPTED and negative is not None:
+        asked["negative_prompt"] = [negative] * len(PROMPTS)
 
     @functools.wraps(step)
     def kept(*args: Any, **kwargs: Any) -> Any:
         found = step(*args, **kwargs)
-        seen.append(codec.unpacked(found[0].clone(), shape_of(codec)))
+        seen.append(codec.unpacked(found[0][: len(PROMPTS)].clone(), shape_of(codec)))  # DiT's are there twice
         return found
 
     pipeline.scheduler.step = kept
-    latents = codec.packed(noise_for(pipeline))
     try:
-        pipeline(PROMPTS, num_inference_steps=steps, output_type="latent", latents=latents, **sized(pipeline), **asked)
+        pipeline(**starting(pipeline), num_inference_steps=steps, output_type="latent", **asked)
     finally:
         del pipeline.scheduler.step
     return seen
@@ -86,7 +109,7 @@ def our_walk(pipeline: Any, steps: int, negative: str | None) -> list[Tensor]:
 
 @torch.no_grad()
 def walk(backbone: DiffusersBackbone, codec: Codec, scheduler: Any, steps: int) -> list[Tensor]:
-    guided, cond, seen = Guided(backbone, 5.0), codec.encode_prompts(PROMPTS), []
+    guided, cond, seen = Guided(backbone, 5.0), told(codec), []
     scheduler = copy.deepcopy(scheduler)
     given: dict[str, Any] = {"sigmas": np.linspace(1, 1 / steps, steps)} if codec.EVEN_SIGMAS else {}
     if scheduler.config.get("use_dynamic_shifting"):
@@ -94,9 +117,9 @@ def walk(backbone: DiffusersBackbone, codec: Codec, scheduler: Any, steps: int) 
     scheduler.set_timesteps(steps, **given)
     x = noise_for(codec.pipeline) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
-        told = (timestep + 1 if isinstance(guided.schedule, VP) else timestep) / 1000
+        t = (timestep + 1 if isinstance(guided.schedule, VP) else timestep) / 1000
         scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-        value = guided(scaled, told.float().expand(len(x)), cond).value
+        value = guided(scaled, t.float().expand(len(x)), cond).value
         x = scheduler.step(value, timestep, x, return_dict=False)[0]
         seen.append(x)
     return seen

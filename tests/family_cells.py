@@ -165,12 +165,13 @@ def codec(bench: Bench) -> str:
         distance = apart((theirs / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), torch.as_tensor(shown))
         assert distance < 1e-5, distance
         return figure(distance)
-    own = codec_of(pipeline)
-    latents, size = families.noise_for(pipeline), families.sized(pipeline)
-    given = {"latents": own.packed(latents), "num_inference_steps": 1, **size, **own.guided_by(1.0)}
-    made = own.unpacked(pipeline(families.PROMPTS, output_type="latent", **given)[0], latents.shape[1:])
-    shown = torch.as_tensor(pipeline(families.PROMPTS, output_type="pt", **given)[0])
+    own, latents = codec_of(pipeline), families.noise_for(pipeline)
+    made = families.their_walk(pipeline, 1, None, guidance=1.0)[0]
+    given = {**families.starting(pipeline), "num_inference_steps": 1, **own.guided_by(1.0)}
+    shown = torch.as_tensor(pipeline(**given, output_type="pt" if own.PROMPTED else "np")[0])
     mine = (own.decode(made) / 2 + 0.5).clamp(0, 1)
+    if not own.PROMPTED:
+        mine = mine.permute(0, 2, 3, 1)
     distance = apart(mine.transpose(1, 2) if own.VIDEOS else mine, shown)
     assert distance < 1e-5, distance
     again = own.decode(latents)
@@ -349,7 +350,7 @@ def exported(bench: Bench) -> str:
     else:
         noise = families.noise_for(pipeline)
         theirs = families.their_walk(pipeline, 2, None, guidance=1.0)[-1]
-        told = codec_of(pipeline).encode_prompts(families.PROMPTS, size=(16, 16))
+        told = families.told(codec_of(pipeline))
     with torch.no_grad():
         distance = apart(rollout(net, noise, told, None).x0, theirs)  # type: ignore[arg-type]
     assert distance < 1e-4, distance

@@ -86,16 +86,19 @@ def write(family: str, folder: Path, objective: dict[str, Any], players: dict[st
     (folder / "prompts.txt").write_text("a disc\ntwo rings\na red one\n")
     changes = players or {name: {} for name in SCORES}
     file = folder / "cell.yaml"
-    what: dict[str, Any] = {"source": "scenes"} if family == "unet2d" else {}
-    if family != "unet2d" and codec_of(make(family)).VIDEOS:
+    codec = None if family == "unet2d" else codec_of(make(family))
+    what: dict[str, Any] = {} if codec is not None and codec.PROMPTED else {"source": "scenes"}
+    null = {"null_label": 1000} if codec is not None and not codec.PROMPTED else {}
+    side = max(16, 1 if codec is None else codec.MULTIPLE)
+    if codec is not None and codec.VIDEOS:
         what = {"frames": FRAMES}
     node = {
         "name": "cell",
         "batch": BATCH,
-        "model": {"teacher": str(teacher(family, folder)), "steps": 2, "guidance": 3.0, **model},
+        "model": {"teacher": str(teacher(family, folder)), "steps": 2, "guidance": 3.0, **null, **model},
         "objective": objective,
         "players": {name: PLAYER | change for name, change in changes.items()},
-        "data": {"source": str(folder / "prompts.txt"), "resolution": 16, **what},
+        "data": {"source": str(folder / "prompts.txt"), "resolution": side, **what},
     }
     file.write_text(json.dumps(node))
     return file

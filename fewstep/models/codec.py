@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, Self
@@ -29,7 +30,11 @@ class Codec(nn.Module):
     """tokens that the last text encoder gives; None for a family whose pipeline is not asked for it"""
     # Arguments of the pipeline that keep what no codec needs from being loaded.
     UNUSED: ClassVar[Mapping[str, Any]] = {}
+    PROMPTED: ClassVar[bool] = True
+    """whether there are prompts to encode; otherwise its network reads labels"""
     VIDEOS: ClassVar[bool] = False
+    MULTIPLE: ClassVar[int] = 1
+    """of as many pixels are the sides that the pipeline's call takes, whatever its VAE"""
     EVEN_SIGMAS: ClassVar[bool] = False
     """whether the pipeline hands its scheduler the times 1, .., 1 / n itself"""
     embedded_guidance: float | None = None
@@ -121,7 +126,7 @@ class Codec(nn.Module):
         """One row for `DiffusersBackbone`: what guidance leads away from. Sizes are not in it, they stay."""
         if not truncate:
             self.refuse_long([negative])
-        return Condition({name: value.float() for name, value in self._embed([negative]).items()})
+        return Condition({name: value.float() for name, value in self._embed_negative([negative]).items()})
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -133,6 +138,11 @@ class Codec(nn.Module):
         """Latents (B, *S) -> images or videos, [-1, 1] but for overshoot; differentiable."""
         mean, scale = self._statistics(latents)
         return self.vae.decode((latents / scale + mean).to(self.vae.dtype), return_dict=False)[0].float()
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the VAE says what brings its latents to a deviation of about 1."""
+        return any(self.vae.config.get(name) is not None for name in ("scaling_factor", "latents_std"))
 
     @property
     def side(self) -> int:
@@ -157,6 +167,10 @@ class Codec(nn.Module):
     @abstractmethod
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """What the prompts alone decide, by the denoiser's argument names."""
+
+    def _embed_negative(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The same of prompts that guidance leads away from."""
+        return self._embed(prompts)
 
     def _limits(self) -> Iterator[tuple[Any, int]]:
         """Every tokenizer with the number of tokens it may give."""
@@ -196,6 +210,7 @@ class Codec(nn.Module):
         return like.new_tensor(mean).view(shape), scale / like.new_tensor(std).view(shape)
 
     def _grid(self, height: int, width: int, factor: int, patch: int) -> tuple[int, int]:
-        if min(height, width) < 1 or height % (factor * patch) or width % (factor * patch):
-            raise UserError(f"images of {height}x{width} were asked for, but sizes are multiples of {factor * patch}")
+        multiple = math.lcm(factor * patch, self.MULTIPLE)
+        if min(height, width) < 1 or height % multiple or width % multiple:
+            raise UserError(f"images of {height}x{width} were asked for, but sizes are multiples of {multiple}")
         return height // factor, width // factor

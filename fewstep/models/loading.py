@@ -149,6 +149,11 @@ def find(source: str, revision: str | None = None) -> Pipeline:
         ) from None
 
 
+def pipeline_class(source: str, revision: str | None = None) -> str | None:
+    """The class of the pipeline at `source`; None for a bare model folder."""
+    return None if _is_model(source) else find(source, revision).index.get("_class_name")
+
+
 def parts_of(pipeline: Any) -> list[str]:
     """The names of an open pipeline's denoiser: one, or one for each expert."""
     there = (name for name, part in pipeline.components.items() if part is not None)

@@ -18,6 +18,7 @@ from fewstep.models.tiny import (
     chroma,
     cogvideox,
     cogview,
+    dit,
     flux,
     flux2,
     hunyuan_dit,
@@ -35,6 +36,7 @@ from fewstep.models.tiny import (
 )
 
 _FILES: tuple[Any, ...] = (
+    dit,
     stable_diffusion,
     stable_diffusion_3,
     pixart,
@@ -56,6 +58,9 @@ _FILES: tuple[Any, ...] = (
 )
 
 MAKERS: dict[str, Callable[..., Any]] = {name: maker for file in _FILES for name, maker in file.MAKERS.items()}
+
+LABELLED = frozenset(dit.MAKERS)
+"""Families whose networks read labels; all others read prompts."""
 
 STANDS_FOR: dict[str, str] = {hub: name for file in _FILES for hub, name in file.STANDS_FOR.items()}
 """The hub ids whose classes a family has; what a name stands for cannot be asked without a network."""
