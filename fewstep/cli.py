@@ -152,6 +152,12 @@ def objectives(args: argparse.Namespace) -> None:
     print(config.describe_objectives(args.name))
 
 
+def families(args: argparse.Namespace) -> None:
+    from fewstep import families
+
+    print(families.describe(args.name))
+
+
 def _run_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", help="a run folder")
     _step_argument(command)
@@ -258,6 +264,10 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("objectives", help="list the objectives, or the keys of one")
     one.add_argument("name", nargs="?")
     one.set_defaults(call=objectives)
+
+    one = commands.add_parser("families", help="list the families of diffusers models, or all about one")
+    one.add_argument("name", nargs="?")
+    one.set_defaults(call=families)
     return top
 
 
