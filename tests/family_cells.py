@@ -181,19 +181,23 @@ def codec(bench: Bench) -> str:
 
 
 def dmd2(bench: Bench) -> str:
+    """Two steps with a discriminator: every trained weight moves, the teacher stays, two micro-batches are one batch."""
     return learns(bench.idle, *(bench.run(DMD2) for _ in range(2)))
 
 
 def phased(bench: Bench) -> str:
+    """The same of two steps of Phased DMD."""
     return learns(bench.idle, *(bench.run({"name": "phased_dmd", "ratio": 1}) for _ in range(2)))
 
 
 def consistency(bench: Bench) -> str:
+    """The same of a step of consistency distillation."""
     node = {"name": "consistency", "distance": "l2"}
     return learns(bench.idle, *(bench.run(node, {"generator": {}}, transition="renoise") for _ in range(2)), steps=1)
 
 
 def reflow(bench: Bench) -> str:
+    """The same of a step on pairs."""
     return learns(bench.idle, *(bench.run({"name": "rectified_flow"}, {"generator": {}}) for _ in range(2)), steps=1)
 
 
