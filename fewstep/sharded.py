@@ -61,7 +61,8 @@ def _teacher(config: Config, labels: int) -> tuple[Teacher, Stored]:
 
 def weights_of(source: str, revision: str | None, net: nn.Module) -> Stored:
     """The denoiser of `source`, a network such as `net`; each process reads it, if the names in its file are such."""
-    kept = stored.files(loading.weight_files(source, revision))
+    files = loading.weight_files(source, revision)
+    kept = stored.joined(stored.files(paths).within(before) for before, paths in files.items())
     if set(kept) == set(net.state_dict()):
         return kept
     # Loading draws numbers that a run on one process does not draw here.

@@ -21,6 +21,8 @@ from fewstep.models.experts import TimeExperts
 from fewstep.models.families import FAMILIES
 
 DENOISERS = ("unet", "transformer")
+FORMER = ("Transformer2DModel",)
+"""Names under which several classes were published; diffusers itself tells them apart, by their configs."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,6 +48,10 @@ def _class(name: str) -> Any:
     if name not in FAMILIES:
         raise UserError(f"fewstep has no row for the class '{name}': it can use {', '.join(sorted(FAMILIES))}")
     return getattr(diffusers, name)
+
+
+def _published(name: str) -> Any:
+    return getattr(diffusers, name) if name in FORMER else _class(name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -192,16 +198,18 @@ def _is_model(source: str) -> bool:
 
 
 def _model(folder: str, config: dict[str, Any], weights: bool, buffers: bool) -> nn.Module:
-    kind = _class(config.get("_class_name", "?"))
+    kind = _published(config.get("_class_name", "?"))
     return _network(kind, folder, weights, buffers)
 
 
-def weight_files(source: str, revision: str | None = None) -> list[Path]:
-    """The safetensors files of the denoiser that `load` reads; none where it would not find any."""
+def weight_files(source: str, revision: str | None = None) -> dict[str, list[Path]]:
+    """What stands before the names of tensors -> the safetensors files with them, of the denoiser that `load` reads."""
     if _is_model(source):
-        return _weight_files(Pipeline(str(locate(source)), {}, {}), None)
+        return {"": _weight_files(Pipeline(str(locate(source)), {}, {}), None)}
     place = find(source, revision)
-    return [file for part in place.parts for file in _weight_files(place, part)]
+    if not place.bounds:
+        return {"": _weight_files(place, place.parts[0])}
+    return {f"experts.{i}.": _weight_files(place, part) for i, part in enumerate(place.parts)}
 
 
 def _weight_files(place: Pipeline, part: str | None) -> list[Path]:
@@ -225,7 +233,12 @@ def denoiser(pipeline: Pipeline, weights: bool = True, buffers: bool = False) ->
     """The denoiser and the scheduler of a pipeline; see `load`."""
     nets = [
         _network(
-            _class(str(pipeline.class_of(part))), pipeline.source, weights, buffers, subfolder=part, **pipeline.where
+            _published(str(pipeline.class_of(part))),
+            pipeline.source,
+            weights,
+            buffers,
+            subfolder=part,
+            **pipeline.where,
         )
         for part in pipeline.parts
     ]

@@ -43,6 +43,12 @@ def held(state: Mapping[str, Tensor]) -> Stored:
     return Stored(state.__getitem__, {name: name for name in state})
 
 
+def joined(parts: Iterable[Stored]) -> Stored:
+    """All of several, which have no name in common."""
+    owner = {name: part for part in parts for name in part}
+    return Stored(lambda name: owner[name][name], {name: name for name in owner})
+
+
 def files(paths: Iterable[Path]) -> Stored:
     """The tensors of safetensors files, on the CPU. Raises OSError for a file that is not there."""
     opened: dict[str, Any] = {}

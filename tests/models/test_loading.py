@@ -69,14 +69,23 @@ def test_half_precision_folders_are_loaded_in_float32(tmp_path: Path, tiny_unet:
     assert dtypes == {torch.float32}
 
 
-def test_a_dit_pipeline_is_found_by_its_transformer(tmp_path: Path, tiny_dit: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "Transformer2DModel"])
+def test_a_dit_pipeline_is_found_by_its_transformer(
+    name: str, tmp_path: Path, tiny_dit: Callable[..., nn.Module]
+) -> None:
+    """Also where it has the name that it was published under."""
     tiny_dit().save_pretrained(tmp_path / "transformer")
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(config.read_text().replace("DiTTransformer2DModel", name))
     diffusers.DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     index = {
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "transformer": ["diffusers", name],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for weights in (True, False):
+        net = loading.load(str(tmp_path), weights=weights).net
+        assert type(net) is type(tiny_dit())
     assert same_weights(loading.load(str(tmp_path)).net, tiny_dit())
 
 

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"teacher": "wan", "generator": LORA, "fake_score": LORA, "data": {"frames": 5}},
     "low_sd15": {"teacher": "sd15", "model": LOW},
     "low_sd3": {"teacher": "sd3", "model": LOW},
+    "wan22": {"teacher": "wan22", "data": {"frames": 9}},
     "low_wan": {"teacher": "wan", "model": LOW, "data": {"frames": 5}},
     "experts": {"teacher": "sd15", "objective": {"name": "phased_dmd"}, "model": {"experts": 2}},
     "worn": {"teacher": "sd15", "model": {"lora": "worn"}},
@@ -71,7 +72,7 @@ def save_teachers(folder: Path) -> None:
     for new, name in old.items():
         state = {k.replace(f".{new}.", f".{name}."): v for k, v in state.items()}
     save_file(state, file, {"format": "pt"})
-    for family in ("sd15", "sd3", "wan"):
+    for family in ("sd15", "sd3", "wan", "wan22"):
         tiny.make(family).save_pretrained(folder / family)
     user_lora("sd15", folder / "worn")
 
@@ -83,7 +84,7 @@ def write(folder: Path, name: str, teacher: str | None = None, **more: Any) -> P
     model |= {"teacher": str(folder / teacher)} if teacher else {"network": {"class": "UNet2DModel", **unet(8)}}
     if "lora" in model:
         model["lora"] = str(folder / model["lora"])
-    source = str(folder / "prompts.txt") if teacher in ("sd15", "sd3", "wan") else "scenes"
+    source = str(folder / "prompts.txt") if teacher in ("sd15", "sd3", "wan", "wan22") else "scenes"
     gan = {} if source == "scenes" else {"gan_weight": 0.0}
     players = {"generator": {"lr": 1e-3, "ema": 0.9, **more.get("generator", {})}}
     if teacher and "pairs" not in more:
