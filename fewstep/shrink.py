@@ -47,7 +47,9 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
     frames = [_FRAMES] if full[0].data.frames is not None else []
     frames += _LABELLED if _family(full[0]) in tiny.LABELLED else []
     side = f"data.resolution={_side(_family(full[0]))}"
-    return config.load(file, [f"name={full[0].name}_tiny", *_SMALL, side, *frames, *overrides])
+    # The blocks that a recipe names are those of a deep network.
+    taps = ["objective.gan_taps=[]"] if all(getattr(stage.objective, "gan_taps", []) for stage in full) else []
+    return config.load(file, [f"name={full[0].name}_tiny", *_SMALL, side, *taps, *frames, *overrides])
 
 
 def furnish(configs: Sequence[Config], root: Path) -> None:

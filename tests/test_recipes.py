@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -179,6 +180,36 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
     "sdxl_perflow": [{"objective": {"solver_steps": 10}, "players": {"generator": {"lr": 1e-4}}}],
     # arXiv:2503.07274
     "sd21_agd": [{"objective": {"name": "agd"}, "data": {"resolution": 512}}],
+    # Luo-Yihong/TDM, README.md and train_tdm_demo.py
+    "pixart_tdm": [
+        {"steps": 10_000, "batch": 32, "model": {"guidance": 4.5, "steps": 4}, "data": {"resolution": 512}}
+        | {"objective": {"huber": 1e-3, "own_interval": True, "critic_target": "pred_x0", "ratio": 1}}
+        | {
+            "players": {"generator": {"lr": 2e-5 / 5, "betas": [0.0, 0.95], "weight_decay": 0.01, "clip": 1.0}}
+            | {"fake_score": {"lr": 2e-5, "betas": [0.0, 0.95], "weight_decay": 0.01}}
+        }
+    ],
+    # NVlabs/Sana, SanaSprint_1600M_1024px_allqknorm_bf16_scm_ladd.yaml; diffusers, research_projects/sana
+    "sana_sprint": [
+        {"steps": 30_000, "batch": 16, "model": {"steps": 2}, "data": {"resolution": 1024}}
+        | {
+            "objective": {"warmup": 4000, "guidances": [4.0, 4.5, 5.0], "gan_weight": 0.5, "from_noise": 0.5}
+            | {"gan_taps": [f"transformer_blocks.{i}" for i in (2, 8, 14, 19)], "gan_loss": "hinge"}
+            | {"times": {"mean": round(0.2 + math.log(2), 3), "std": 1.6}}
+            | {"gan_times": {"mean": round(-0.6 + math.log(2), 3), "std": 1.0}}
+        }
+        | {
+            "players": {
+                role: {"lr": 1e-6, "weight_decay": 1e-4, "clip": 0.1} for role in ("generator", "discriminator")
+            }
+        }
+    ],
+    # hustvl/TBCM, configs/600M_1024px_tbcm.yaml and diffusion/utils/config.py
+    "sana_tbcm": [
+        {"batch": 4 * 8, "model": {"guidance": 4.5, "steps": 1}, "data": {"resolution": 1024}}
+        | {"objective": {"warmup": 4000, "states": 16, "route_shift": 2.5, "calm_from": 15_000, "last_share": 0.75}}
+        | {"players": {"generator": {"lr": round(1e-5 * math.sqrt(32 / 256), 8), "clip": 0.1, "warmup": 5000}}}
+    ],
     # arXiv:2510.27684
     "wan22_phased_dmd": [
         {"batch": 64, "model": {"guidance": 4.0, "steps": 4}, "objective": {"phases": 2, "phase": k, "ratio": 5}}

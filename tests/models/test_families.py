@@ -49,11 +49,14 @@ def test_wan_walks_with_the_scheduler_that_it_ships(steps: int) -> None:
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
-NAMED = ("dit", "sd15", "sd21", "sdxl", "sd3", "wan", "wan22")
+NAMED = ("dit", "sd15", "sd21", "sdxl", "sd3", "pixart_alpha", "pixart_sigma", "sana", "wan", "wan22")
 """Families that are told their inputs by the names that these have; of others the step alone can tell."""
 
 
-@pytest.mark.parametrize("family, changes", [*((family, {}) for family in NAMED), ("sd3", {"long_prompts": False}), ("pixart_alpha", {"sample_size": 64})])
+@pytest.mark.parametrize(
+    "family, changes",
+    [*((family, {}) for family in NAMED), ("sd3", {"long_prompts": False}), ("pixart_alpha", {"sample_size": 64})],
+)
 def test_a_condition_is_what_the_pipeline_tells_its_denoiser(family: str, changes: dict[str, Any]) -> None:
     pipeline = tiny.make(family, **changes)
     told: dict[str, Any] = {}
