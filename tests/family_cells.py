@@ -181,7 +181,7 @@ def codec(bench: Bench) -> str:
 
 
 def dmd2(bench: Bench) -> str:
-    """Two steps with a discriminator: every trained weight moves, the teacher stays, two micro-batches are one batch."""
+    """Two steps with a discriminator: all trained weights move, the teacher stays, two micro-batches are one batch."""
     return learns(bench.idle, *(bench.run(DMD2) for _ in range(2)))
 
 

@@ -31,6 +31,10 @@ PROCESSORS = frozenset(name for family in FAMILIES.values() for name in family.p
 """The attention processors that end in the function that is redirected."""
 
 
+LINEAR = frozenset(name for family in FAMILIES.values() for name in family.linear)
+"""Those without a softmax, for which there is nothing to choose."""
+
+
 def _math(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(query, key, value, **given)
@@ -104,7 +108,8 @@ def _switched(kind: Any, kernel: str) -> type:
 
 
 def _modules(net: nn.Module) -> list[Any]:
-    return [module for module in net.modules() if hasattr(module, "processor")]
+    attending = [module for module in net.modules() if hasattr(module, "processor")]
+    return [module for module in attending if type(module.processor).__name__ not in LINEAR]
 
 
 def use(net: nn.Module, kernel: Attention) -> None:

@@ -42,7 +42,8 @@ class Family:
     `call(net, x, timestep, cond)` returns the raw output (B, *S) for x (B, *S), where `timestep` (B,) is the index of a
     VP process and 1000 t of a flow; `tap` is the usual block for a discriminator; `time_embedding` names the module
     whose output is the time embedding; `blocks` are the classes of its repeated blocks, which are compiled;
-    `processors` those of its attention that end in torch's `scaled_dot_product_attention`; `classes` counts the label
+    `processors` those of its attention that end in torch's `scaled_dot_product_attention`, `linear` those without a
+    softmax, which no kernel computes; `classes` counts the label
     embeddings; `feature(block, output)` is the tensor that a tap of `block` gives; `reads` is the argument of its
     config that says how wide the texts are, None where it reads no prompts; `channels` counts those of its latents;
     `guide(u, c, w)` is its pipeline's guidance.
@@ -53,6 +54,7 @@ class Family:
     time_embedding: str
     blocks: tuple[str, ...]
     processors: tuple[str, ...]
+    linear: tuple[str, ...] = ()
     classes: Callable[[nn.Module], int | None] = no_classes
     feature: Callable[[nn.Module, Any], Tensor] = first
     reads: str | None = None

@@ -63,5 +63,5 @@ def family_of(net: nn.Module) -> Family | None:
     return next((FAMILIES[name] for name in names if name in FAMILIES), None)
 
 
-CODECS: dict[str, type[Codec]] = {name: codec for family in (dit, *PROMPTED) for name, codec in family.CODECS.items()}
+CODECS: dict[str, type[Codec]] = {name: codec for family in (*PROMPTED, dit) for name, codec in family.CODECS.items()}
 """Class of the pipeline -> its codec."""

@@ -61,7 +61,8 @@ ROWS = {
         time_embedding="time_embed.emb.timestep_embedder",
         blocks=("SanaTransformerBlock",),
         # Its linear attention is two products of matrices, whatever the kernel of the other.
-        processors=("SanaAttnProcessor2_0", "SanaLinearAttnProcessor2_0"),
+        processors=("SanaAttnProcessor2_0",),
+        linear=("SanaLinearAttnProcessor2_0",),
         reads="caption_channels",
     )
 }
