@@ -76,7 +76,7 @@ def starting(pipeline: Any) -> dict[str, Any]:
     codec = codec_of(pipeline)
     if not codec.PROMPTED:
         return {"class_labels": LABELS, "generator": torch.Generator().manual_seed(1)}
-    return {"prompt": PROMPTS, "latents": codec.packed(noise_for(pipeline)), **sized(pipeline)}
+    return {"prompt": list(PROMPTS), "latents": codec.packed(noise_for(pipeline)), **sized(pipeline)}
 
 
 def their_walk(pipeline: Any, steps: int, negative: str | None, guidance: float = 5.0) -> list[Tensor]:

@@ -49,7 +49,7 @@ def test_a_row_says_what_its_codec_says(name: str, column: str, said: str) -> No
 def test_the_command_prints_the_table_and_one_family_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["families"]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split()[0] == "family" and len({len(line) for line in table[: len(ROWS) + 1]}) > 1
+    assert table[0].split() == list(ROWS["wan"])
     assert [line.split()[0] for line in table[1 : len(ROWS) + 1]] == list(ROWS)
     assert cli.main(["families", "wan"]) == 0
     told = capsys.readouterr().out
@@ -58,5 +58,5 @@ def test_the_command_prints_the_table_and_one_family_in_full(capsys: pytest.Capt
 
 
 def test_an_unknown_name_is_answered_with_the_one_that_was_meant() -> None:
-    with pytest.raises(UserError, match="there is no family 'fluks': did you mean 'flux'. use one of unet2d, dit"):
+    with pytest.raises(UserError, match=r"there is no family 'fluks': did you mean 'flux'\? use one of unet2d, dit"):
         families.describe("fluks")

@@ -178,6 +178,10 @@ class Codec(nn.Module):
             tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
             yield tokenizer, tokenizer.model_max_length
 
+    def _written(self, prompt: str) -> str:
+        """What the tokenizer reads of a prompt: chat models are asked it in a template."""
+        return prompt
+
     def _sizes(self, rows: int, size: tuple[int, int] | None) -> dict[str, Tensor]:
         return {}
 
@@ -194,7 +198,8 @@ class Codec(nn.Module):
         """Raises UserError for the first prompt with more tokens than one of the encoders reads."""
         for prompt in prompts:
             for tokenizer, limit in self._limits():
-                if (count := len(tokenizer(prompt, truncation=False, verbose=False).input_ids)) > limit:
+                written = self._written(prompt)
+                if (count := len(tokenizer(written, truncation=False, verbose=False).input_ids)) > limit:
                     raise UserError(
                         f"the prompt '{prompt[:40]}...' has {count} tokens, but this model reads {limit}, its marks "
                         "included: shorten it"

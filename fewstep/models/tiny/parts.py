@@ -34,6 +34,13 @@ def byte_tokenizer() -> Any:
     )
 
 
+def chat_tokenizer() -> Any:
+    """The same, with a template for what is asked and what is to be answered."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}answer:"
+    return tokenizer
+
+
 def clip(width: int, projection: int | None = None) -> nn.Module:
     sizes = {
         "vocab_size": 2 * len(BYTES) + 2,

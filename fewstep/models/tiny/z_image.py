@@ -1,9 +1,50 @@
-"""Z-Image."""
+"""Z-Image, with a Qwen 3 for a reader."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-MAKERS: dict[str, Callable[..., Any]] = {}
-STANDS_FOR: dict[str, str] = {}
+import diffusers
+import transformers
+
+from fewstep.models.tiny.parts import BYTES, chat_tokenizer, image_vae
+
+
+def _reader() -> Any:
+    config = transformers.Qwen3Config(
+        vocab_size=len(BYTES) + 3,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return transformers.Qwen3Model(config)
+
+
+def z_image() -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=24,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 4, 4],
+        axes_lens=[1024, 32, 32],
+    )
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=image_vae(scaling_factor=1.5, shift_factor=0.1),
+        text_encoder=_reader(),
+        tokenizer=chat_tokenizer(),
+        transformer=transformer,
+    )
+
+
+MAKERS = {"z_image": z_image}
+STANDS_FOR = {"Tongyi-MAI/Z-Image": "z_image", "Tongyi-MAI/Z-Image-Turbo": "z_image"}
