@@ -53,8 +53,8 @@ def cast_inputs(dtype: torch.dtype) -> Callable[..., Any]:
     """A forward pre-hook that casts a module's inputs to `dtype`, all but the vectors: 999 is 1000 in bfloat16."""
 
     def cast(value: Any) -> Any:
-        if isinstance(value, list):  # Z-Image is given a list of images
-            return [part.to(dtype) for part in value]
+        if isinstance(value, list):  # some networks are given their images one by one
+            return [cast(part) for part in value]
         lower = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
         return value.to(dtype) if lower else value
 
