@@ -40,6 +40,7 @@ ROUNDING = 2e-5
 """Float32 sums in another order, over two or three steps of an optimizer, relative."""
 IDLE = {
     "unet2d": r"attentions\.\d\.to_k\.bias$",  # softmax does not see a bias of all keys
+    "qwen_image": r"transformer_blocks\.2\.(attn\.(add_q_proj|norm_added_q|to_add_out)|txt_mlp)\.",  # as sd3
     "sd3": r"transformer_blocks\.2\.attn\.(add_q_proj|norm_added_q)\.",  # nobody reads the text of the last block
 }
 """Family -> its weights without a gradient."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from fewstep.core.prediction import Prediction
+from fewstep.models.shaped import is_unknown
 
 Speak = Callable[[Tensor], Prediction]
 """What the expert that speaks says of the rows (N,) of a batch."""
@@ -51,7 +51,7 @@ class TimeExperts(nn.Module):
     def shared_out(self, t: Tensor, speak: Speak) -> Prediction:
         """What all rows are told, each by its expert; `stop` leaves the values empty here too."""
         parts, order = [], []
-        route = torch.zeros_like(t).long() if _unknown(t) else self.route(t)
+        route = torch.zeros_like(t).long() if is_unknown(t) else self.route(t)
         for expert in self._asked(route):
             rows = _rows(route, expert)
             with self.by(expert):
@@ -61,7 +61,7 @@ class TimeExperts(nn.Module):
 
     def _asked(self, route: Tensor) -> list[int]:
         """The experts that some process needs: sharded networks are asked by all of them together."""
-        if _unknown(route):
+        if is_unknown(route):
             return [0]
         needed = torch.stack([(route == i).any() for i in range(len(self.experts))]).int()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -107,13 +107,11 @@ def model_of(net: nn.Module) -> nn.Module:
     return models_of(net)[0]
 
 
-def _unknown(t: Tensor) -> bool:
-    """Whether its values are not known, where networks are only shaped: any expert then stands for all."""
-    return t.is_meta or isinstance(t, FakeTensor)
-
-
 def _rows(route: Tensor, expert: int) -> Tensor:
-    return torch.arange(len(route), device=route.device) if _unknown(route) else (route == expert).nonzero().squeeze(1)
+    """Where networks are only shaped, any expert stands for all."""
+    return (
+        torch.arange(len(route), device=route.device) if is_unknown(route) else (route == expert).nonzero().squeeze(1)
+    )
 
 
 def _silenced(prediction: Prediction) -> Prediction:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 META = torch.device("meta")
 
@@ -18,6 +19,11 @@ META = torch.device("meta")
 def is_shaped(*modules: nn.Module) -> bool:
     """Whether a weight of `modules` is still without memory."""
     return any(weight.is_meta for module in modules for weight in module.parameters())
+
+
+def is_unknown(tensor: Tensor) -> bool:
+    """Whether `tensor` has a shape alone, and no values to be asked for."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def empty(net: nn.Module) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from fewstep.core.batch import Condition
 from fewstep.models import schedulers
 from fewstep.models.codec import Codec
 from fewstep.models.family import Family, middle
+from fewstep.models.padding import lengths, padded
 
 
 def _call(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
-    texts, lengths = cond.inputs["encoder_hidden_states"], cond.inputs["lengths"].long().tolist()
+    texts, mask = cond.inputs["encoder_hidden_states"], cond.inputs["mask"]
     # Positions of the image begin behind the text, so that padding would move it.
-    read = [text[:length] for text, length in zip(texts, lengths, strict=True)]
+    read = [text[:length] for text, length in zip(texts, lengths(mask), strict=True)]
     said = net(list(x.unsqueeze(2)), (1000 - timestep) / 1000, read, return_dict=False)[0]
     return -torch.stack(said).squeeze(2)
 
@@ -40,11 +40,8 @@ class ZImage(Codec):
     def _embed(self, prompts):
         most = self.max_sequence_length
         rows, _ = self.pipeline.encode_prompt(list(prompts), self._device, False, max_sequence_length=most)
-        lengths = torch.tensor([len(row) for row in rows], device=self._device)
-        return {
-            "encoder_hidden_states": torch.stack([pad(row, (0, 0, 0, most - len(row))) for row in rows]),
-            "lengths": lengths,
-        }
+        texts, mask = padded(rows, most)
+        return {"encoder_hidden_states": texts, "mask": mask}
 
     def _limits(self):
         yield self.pipeline.tokenizer, self.max_sequence_length
