@@ -203,15 +203,17 @@ def reflow(bench: Bench) -> str:
 
 
 def lora_generator(bench: Bench) -> str:
-    """It learns, and fused it says the same."""
+    """It learns, and whatever it has learnt, fused it says the same."""
     # A moves from the second move on: at the first its B is zero.
     runs = [bench.run({**DMD2, "ratio": 1}, {"generator": LORA, "fake_score": {}}) for _ in range(2)]
     learns(bench.idle, *runs)
     voice, (_, x, cond) = runs[0].triad.generator, bench.asked()
     assert isinstance(voice, Voice)
+    for weight in voice.parameters():
+        nn.init.normal_(weight, std=0.3)
     with torch.no_grad():
         said, fused, bare = (net(x, T, cond).value for net in (voice, voice.fused(), voice.shared.as_(None)))
-    assert apart(fused, said) < 1e-5 < apart(bare, said)
+    assert apart(fused, said) < 1e-5 < 1e-3 < apart(bare, said)
     return figure(apart(fused, said))
 
 
