@@ -98,6 +98,10 @@ class Codec(nn.Module):
         """
         return schedulers.time_shift(scheduler)
 
+    def time_shift_in(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> float:
+        """The same in so many steps, where the pipeline asks how many there are."""
+        return self.time_shift(scheduler, shape)
+
     def like(self, other: Codec) -> Self:
         """This one, giving as many tokens and the guidance that `other` gives."""
         self.max_sequence_length, self.embedded_guidance = other.max_sequence_length, other.embedded_guidance
@@ -154,6 +158,11 @@ class Codec(nn.Module):
         return side * self.pipeline.vae_scale_factor
 
     @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.vae.config.latent_channels
+
+    @property
     def frames(self) -> int | None:
         """How many the pipeline makes unasked; None for single images."""
         return inspect.signature(self.pipeline.__call__).parameters["num_frames"].default if self.VIDEOS else None
@@ -162,7 +171,7 @@ class Codec(nn.Module):
         """The shape *S of one sample's latents. Raises UserError for a size that the pipeline would round."""
         if frames is not None:
             raise UserError(f"{frames} frames were asked for, but this model makes single images: leave frames out")
-        return self.vae.config.latent_channels, *self._grid(height, width, self.pipeline.vae_scale_factor, 1)
+        return self.channels, *self._grid(height, width, self.pipeline.vae_scale_factor, 1)
 
     @abstractmethod
     def _embed(self, prompts: list[str]) -> dict[str, Tensor]:

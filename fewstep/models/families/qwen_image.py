@@ -51,9 +51,9 @@ class QwenImage(Codec):
     def decode(self, latents):
         return super().decode(latents.unsqueeze(2)).squeeze(2)
 
-    def latent_shape(self, height, width, frames=None):
-        channels = self.pipeline.transformer.config.in_channels // 4
-        return channels, *self._grid(height, width, self.pipeline.vae_scale_factor, 2)
+    @property
+    def channels(self):
+        return self.vae.config.z_dim
 
     def _written(self, prompt):
         return self.pipeline.prompt_template_encode.format(prompt)
@@ -67,6 +67,9 @@ class QwenImage(Codec):
 
     def _limits(self):
         yield self.pipeline.tokenizer, self.max_sequence_length + self.pipeline.prompt_template_encode_start_idx
+
+    def _grid(self, height, width, factor, patch):
+        return super()._grid(height, width, factor, 2)
 
 
 ROWS = {

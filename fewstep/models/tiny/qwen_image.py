@@ -18,6 +18,8 @@ def _reader() -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
     }
     vision = {**sizes, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]}
@@ -25,7 +27,7 @@ def _reader() -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def qwen_image() -> Any:
+def qwen_image(shift_terminal: float | None = None) -> Any:
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
@@ -44,10 +46,9 @@ def qwen_image() -> Any:
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[0.4, 0.6, 0.2, 0.3],
     )
-    # The published one also has a shift_terminal of .02, by which a single step is no number.
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192
-    )
+    shifting = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192}
+    # That of the published one is .02, by which a single step is no number.
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**shifting, shift_terminal=shift_terminal)
     return diffusers.QwenImagePipeline(scheduler, vae, _reader(), byte_tokenizer(), transformer)
 
 
