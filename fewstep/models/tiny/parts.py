@@ -63,11 +63,28 @@ def t5(config: Any, model: Any, width: int) -> nn.Module:
     return model(config(**sizes, dropout_rate=0.1))
 
 
-def image_vae(**changes: Any) -> nn.Module:
+def gemma() -> Any:
+    config = transformers.Gemma2Config(
+        vocab_size=len(BYTES) + 3,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return transformers.Gemma2Model(config)
+
+
+def image_vae(levels: int = 2, **changes: Any) -> nn.Module:
+    """Of a side 2^(levels - 1) times as long as that of its latents."""
     return diffusers.AutoencoderKL(
-        block_out_channels=[4, 4],
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4] * levels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
         norm_num_groups=2,
         sample_size=16,
         **{"latent_channels": 4, **changes},

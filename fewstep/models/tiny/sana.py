@@ -5,25 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import transformers
 
-from fewstep.models.tiny.parts import BYTES, byte_tokenizer
-
-
-def _reader() -> Any:
-    config = transformers.Gemma2Config(
-        vocab_size=len(BYTES) + 3,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return transformers.Gemma2Model(config)
+from fewstep.models.tiny.parts import byte_tokenizer, gemma
 
 
 def _vae() -> Any:
@@ -51,7 +34,7 @@ def sana() -> Any:
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    return diffusers.SanaPipeline(byte_tokenizer(), _reader(), _vae(), transformer, scheduler)
+    return diffusers.SanaPipeline(byte_tokenizer(), gemma(), _vae(), transformer, scheduler)
 
 
 MAKERS = {"sana": sana}
