@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -79,13 +80,18 @@ def starting(pipeline: Any) -> dict[str, Any]:
     return {"prompt": list(PROMPTS), "latents": codec.packed(noise_for(pipeline)), **sized(pipeline)}
 
 
+def takes_negatives(pipeline: Any) -> bool:
+    """Whether its call can be told what guidance leads away from."""
+    return "negative_prompt" in inspect.signature(pipeline.__call__).parameters
+
+
 def their_walk(pipeline: Any, steps: int, negative: str | None, guidance: float = 5.0) -> list[Tensor]:
     """The latents after every step of the pipeline's own loop."""
     codec, seen = codec_of(pipeline), []
     asked, step = codec.guided_by(guidance), pipeline.scheduler.step
     if negative is None and "true_cfg_scale" in asked:
         negative = ""  # such a pipeline does not guide without one
-    if guidance > 1 and codec.PROMPTED and negative is not None:
+    if guidance > 1 and negative is not None and takes_negatives(pipeline):
         asked["negative_prompt"] = [negative] * len(PROMPTS)
 
     @functools.wraps(step)
@@ -104,16 +110,19 @@ def their_walk(pipeline: Any, steps: int, negative: str | None, guidance: float 
 
 def our_walk(pipeline: Any, steps: int, negative: str | None) -> list[Tensor]:
     """The latents after every step of the pipeline's scheduler with our guided backbone."""
-    return walk(backbone_of(pipeline, negative or ""), codec_of(pipeline), pipeline.scheduler, steps)
+    negative = (negative or "") if takes_negatives(pipeline) else ""
+    return walk(backbone_of(pipeline, negative), codec_of(pipeline), pipeline.scheduler, steps)
 
 
 @torch.no_grad()
 def walk(backbone: DiffusersBackbone, codec: Codec, scheduler: Any, steps: int) -> list[Tensor]:
-    guided, cond, seen = Guided(backbone, 5.0), told(codec), []
+    # What guides is asked by another scale in another way.
+    guides = codec.guided_by(5.0) != codec.guided_by(1.0)
+    guided, cond, seen = Guided(backbone, 5.0 if guides else 1.0), told(codec), []
     scheduler = copy.deepcopy(scheduler)
     given: dict[str, Any] = {"sigmas": np.linspace(1, 1 / steps, steps)} if codec.EVEN_SIGMAS else {}
     if scheduler.config.get("use_dynamic_shifting"):
-        given["mu"] = math.log(codec.time_shift(scheduler, shape_of(codec)))
+        given["mu"] = math.log(codec.time_shift_in(scheduler, shape_of(codec), steps))
     scheduler.set_timesteps(steps, **given)
     x = noise_for(codec.pipeline) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
