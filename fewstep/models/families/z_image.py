@@ -10,9 +10,13 @@ from fewstep.models import schedulers
 from fewstep.models.codec import Codec
 from fewstep.models.family import Family, middle
 from fewstep.models.padding import lengths, padded
+from fewstep.models.shaped import is_unknown
 
 
 def _call(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
+    turns = net.rope_embedder.freqs_cis
+    if turns is not None and is_unknown(turns[0]):
+        net.rope_embedder.freqs_cis = None  # it keeps them, also those of a call that was only shaped
     texts, mask = cond.inputs["encoder_hidden_states"], cond.inputs["mask"]
     # Positions of the image begin behind the text, so that padding would move it.
     read = [text[:length] for text, length in zip(texts, lengths(mask), strict=True)]
