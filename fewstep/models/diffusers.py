@@ -133,7 +133,8 @@ class DiffusersBackbone(Backbone):
         extra = sum(self.dials[name](value) for name, value in values.items())
 
         def add(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            return output + extra.to(output.dtype)
+            between = [1] * (output.ndim - 2)  # some embed a row of times for every sample
+            return output + extra.to(output.dtype).view(len(extra), *between, -1)
 
         return self.embedding.register_forward_hook(add)
 

@@ -22,13 +22,30 @@ def _call(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tenso
     return unpacked(said, tuple(x.shape[1:]))
 
 
-class Flux(Codec):
-    """A T5, and the pooled output of a CLIP."""
+class Packed(Codec):
+    """Latents go to the network in squares of two by two, whose number shifts the times."""
 
-    NEEDS = ("vae", "text_encoder", "text_encoder_2")
     UNUSED: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
     EVEN_SIGMAS = True
     max_sequence_length = 512
+
+    def packed(self, latents):
+        return packed(latents)
+
+    def unpacked(self, latents, shape):
+        return unpacked(latents, shape)
+
+    def time_shift(self, scheduler, shape):
+        return schedulers.time_shift(scheduler, schedulers.mu_of(scheduler, shape[1] * shape[2] // 4))
+
+    def _grid(self, height, width, factor, patch):
+        return super()._grid(height, width, factor, 2)
+
+
+class Flux(Packed):
+    """A T5, and the pooled output of a CLIP."""
+
+    NEEDS = ("vae", "text_encoder", "text_encoder_2")
     embedded_guidance: float | None = 3.5
 
     def __init__(self, pipeline):
@@ -40,15 +57,6 @@ class Flux(Codec):
         told = {} if self.embedded_guidance is None else {"guidance_scale": self.embedded_guidance}
         return {**told, "true_cfg_scale": scale}
 
-    def packed(self, latents):
-        return packed(latents)
-
-    def unpacked(self, latents, shape):
-        return unpacked(latents, shape)
-
-    def time_shift(self, scheduler, shape):
-        return schedulers.time_shift(scheduler, schedulers.mu_of(scheduler, shape[1] * shape[2] // 4))
-
     def _embed(self, prompts):
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, self._device, max_sequence_length=self.max_sequence_length
@@ -58,9 +66,6 @@ class Flux(Codec):
     def _limits(self):
         # A CLIP gives one vector of as many tokens as it reads, and the pipeline cuts the others off.
         yield self.pipeline.tokenizer_2, self.max_sequence_length
-
-    def _grid(self, height, width, factor, patch):
-        return super()._grid(height, width, factor, 2)
 
 
 ROWS = {
