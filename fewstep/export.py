@@ -22,6 +22,7 @@ from fewstep.build import Run
 from fewstep.carried import is_carried, scheduler_of, trusted
 from fewstep.config import Config, RoleConfig
 from fewstep.core.errors import UserError
+from fewstep.models.codec import Codec
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import locate, named, network_of
 from fewstep.rollout import Rollout
@@ -81,13 +82,19 @@ def _replace(aside: Path, folder: Path) -> None:
 
 
 class SameNoise:
-    """Stands in for Draw where a pipeline's noise is wanted: `count` rows a draw from one torch generator."""
+    """Stands in for Draw where a pipeline's noise is wanted: `count` rows a draw from one torch generator.
 
-    def __init__(self, seed: int, count: int):
-        self.generator, self.count = torch.Generator().manual_seed(seed), count
+    All but the start, which has no purpose, is drawn for latents as the pipeline of `codec` packs them.
+    """
+
+    def __init__(self, seed: int, count: int, codec: Codec | None = None):
+        self.generator, self.count, self.codec = torch.Generator().manual_seed(seed), count, codec
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(self.count, *shape, generator=self.generator)
+        drawn = torch.randn(self.count, *shape, generator=self.generator)
+        if not purpose or self.codec is None:
+            return drawn
+        return self.codec.unpacked(drawn.view(self.codec.packed(drawn).shape), shape)
 
 
 @torch.no_grad()
@@ -101,7 +108,8 @@ def _check(run: Run, backbone: DiffusersBackbone, net: nn.Module, route: Route, 
     if any(not torch.equal(value, meant[name].to(value.dtype)) for name, value in opened.state_dict().items()):
         raise OSError("its weights are not those that were written")
     theirs = route.walk(pipeline, len(run.rollout))
-    noise, plain = SameNoise(0, 1), DiffusersBackbone(opened, backbone.schedule, backbone.kind)
+    noise = SameNoise(0, 1, run.teacher.codec)
+    plain = DiffusersBackbone(opened, backbone.schedule, backbone.kind)
     walk = Rollout(run.rollout.steps, run.rollout.step)  # a second time is folded into the weights
     ours = walk(plain, noise.normal("", run.shape), route.told(pipeline), noise).x0  # type: ignore[arg-type]
     apart = ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).item()

@@ -220,6 +220,40 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
         {"batch": 64, "model": {"guidance": 4.0, "steps": 4}, "objective": {"phases": 2, "ratio": 5}}
         | {"players": {"generator": {"lr": 5e-5, "lora": {"rank": 64, "alpha": 8.0}}, "fake_score": {"lr": 4e-7}}}
     ],
+    # arXiv:2510.27684; ModelTC/LightX2V-Qwen-Image-Lightning, issue 64
+    "qwen_image_phased_dmd": [
+        {"steps": 10_000, "batch": 64, "model": {"guidance": 4.0, "steps": 4, "shift": 3.0}}
+        | {"objective": {"phases": 2, "ratio": 5}}
+        | {
+            "players": {
+                "generator": {"lr": 5e-5, "betas": [0.0, 0.999], "weight_decay": 0.01, "clip": 1.0}
+                | {"lora": {"rank": 64, "alpha": 8.0}},
+                "fake_score": {"lr": 4e-7},
+            }
+        }
+    ],
+    # pnotp/ArcFlow, configs/qwen/arcqwen_2nfe_k16.py, _ddp_train.py and README.md
+    "qwen_image_arcflow": [
+        {"steps": 15_000, "batch": 4 * 4, "model": {"guidance": 4.0, "steps": 2, "shift": 3.2}}
+        | {"objective": {"modes": 16, "mixing": 1000, "window": round(3 / 128, 4)}}
+        | {
+            "players": {
+                "generator": {"lr": 1e-4, "betas": [0.9, 0.95], "warmup": 100, "clip": round(50 / 30, 2)}
+                | {"lora": {"rank": 256, "alpha": 256.0}}
+            }
+        }
+    ],
+    # inclusionAI/TwinFlow, src/configs/qwenimage_task/qwenimage_full.yaml; the steps of README.md
+    "qwen_image_twinflow": [
+        {"batch": 4, "model": {"steps": 2, "shift": round(0.6 / 0.4, 6)}, "data": {"resolution": 512}}
+        | {"objective": {"rectify": 0.5, "clamp": 1.0, "short_step": 0.01}}
+        | {"players": {"generator": {"lr": 1e-5, "betas": [0.9, 0.99], "weight_decay": 0.0, "clip": 1.0}}}
+    ],
+    # arXiv:2511.22677; Tongyi-MAI/Z-Image, issues 74 and 78; ModelTC/LightX2V-Qwen-Image-Lightning, issue 75
+    "z_image_decoupled_dmd": [
+        {"model": {"steps": 8, "shift": 3.0}, "players": {"fake_score": {"lr": 1e-5}}}
+        | {"objective": {name: {"shift": 3.0} for name in ("times", "guidance_times", "critic_times")}}
+    ],
     # the cards of XCLiu/2_rectified_flow_from_sd_1_5 and XCLiu/instaflow_0_9B_from_sd_1_5
     "sd15_instaflow": [
         {"steps": 70_000, "batch": 64, "objective": {"phase": "reflow"}, "data": {"resolution": 512}},
@@ -286,7 +320,19 @@ def two_real_steps(stage: Path) -> None:
 
 QUICK = ("sd15_dmd2", "sd21_agd", "sd35_ac_dmd", "sdxl_hyper_sd", "sdxl_tcd", "wan21_phased_dmd", "wan21_rcm")
 """Between them they have every family, stages, both kinds of adapters, and exports of each kind."""
-PLAYED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+POLICIES = [name for name in RECIPES if name.endswith("_arcflow")]
+EXPORTED = [name for name in RECIPES if name not in POLICIES]
+PLAYED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPORTED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", POLICIES)
+def test_a_recipe_of_a_policy_trains_and_is_sampled_by_fewstep_alone(recipe: str, tmp_path: Path, capsys) -> None:
+    folder, picture = play(recipe, tmp_path / "runs"), tmp_path / "x.png"
+    two_real_steps(folder)
+    assert cli.main(["sample", str(folder), "--prompt", "a red disc", "--count", "1", f"--out={picture}"]) == 0
+    assert picture.stat().st_size > 0 and not (folder / "export").exists()
+    assert "a PolicyNet has no stock diffusers pipeline: sample with fewstep" in refused(capsys, "export", str(folder))
 
 
 @pytest.mark.parametrize("recipe", PLAYED)
@@ -314,7 +360,7 @@ def test_a_recipe_trains_samples_and_reloads_in_plain_diffusers(recipe: str, tmp
         asked |= codec.guided_by(1.0)
         latents = pipeline("a disc", **asked, generator=noise, output_type="latent", return_dict=False)[0]
         theirs, told = codec.unpacked(latents, run.shape), codec.encode_prompts(["a disc"], size=(side, side))
-        again = export.SameNoise(3, 1)
+        again = export.SameNoise(3, 1, codec)
     else:
         route = routes.Latents(codec)
         theirs, told, again = route.walk(pipeline, len(run.rollout)), route.told(pipeline), export.SameNoise(0, 1)
