@@ -9,7 +9,7 @@ from fewstep.models import schedulers
 from fewstep.models.codec import Codec
 from fewstep.models.family import Family, image_stream, linearly, middle
 from fewstep.models.packing import packed, unpacked
-from fewstep.models.padding import lengths, padded, shortened
+from fewstep.models.padding import full, lengths, padded, shortened
 
 
 def _call(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
@@ -59,11 +59,15 @@ class QwenImage(Codec):
         return self.pipeline.prompt_template_encode.format(prompt)
 
     def _embed(self, prompts):
-        most = self.max_sequence_length
-        embeds, mask = self.pipeline.encode_prompt(prompts, self._device, max_sequence_length=most)
-        read = [embeds.shape[1]] * len(embeds) if mask is None else lengths(mask)
-        texts, mask = padded([row[:length] for row, length in zip(embeds, read, strict=True)], most)
+        most, template = self.max_sequence_length, self.pipeline.prompt_template_encode_start_idx
+        rows = full(self.pipeline.text_encoder, len(prompts), template + most, layer=-1)
+        texts, mask = padded(self._read(prompts) if rows is None else rows[:, template:], most)
         return {"encoder_hidden_states": texts, "encoder_hidden_states_mask": mask}
+
+    def _read(self, prompts):
+        embeds, mask = self.pipeline.encode_prompt(prompts, self._device, max_sequence_length=self.max_sequence_length)
+        read = [embeds.shape[1]] * len(embeds) if mask is None else lengths(mask)
+        return [row[:length] for row, length in zip(embeds, read, strict=True)]
 
     def _limits(self):
         yield self.pipeline.tokenizer, self.max_sequence_length + self.pipeline.prompt_template_encode_start_idx

@@ -9,7 +9,7 @@ from fewstep.core.batch import Condition
 from fewstep.models import schedulers
 from fewstep.models.codec import Codec
 from fewstep.models.family import Family, middle
-from fewstep.models.padding import lengths, padded
+from fewstep.models.padding import full, lengths, padded
 from fewstep.models.shaped import is_unknown
 
 
@@ -43,7 +43,9 @@ class ZImage(Codec):
 
     def _embed(self, prompts):
         most = self.max_sequence_length
-        rows, _ = self.pipeline.encode_prompt(list(prompts), self._device, False, max_sequence_length=most)
+        rows = full(self.pipeline.text_encoder, len(prompts), most, layer=-2)
+        if rows is None:
+            rows, _ = self.pipeline.encode_prompt(list(prompts), self._device, False, max_sequence_length=most)
         texts, mask = padded(rows, most)
         return {"encoder_hidden_states": texts, "mask": mask}
 
