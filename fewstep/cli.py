@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def train(args: argparse.Namespace) -> None:
     from fewstep import build, finish, runner
     from fewstep.train import processes
+    from fewstep.train.interrupts import Interrupts, Stopped
 
     configs = _configs(args)
     if args.dry_run:
@@ -31,12 +33,32 @@ def train(args: argparse.Namespace) -> None:
             _furnish(args, configs, Path(folder))
             finish.dry_run(configs)
         return
-    with processes.started(build.pick_device(configs[0].device)):
+    with processes.started(build.pick_device(configs[0].device)), Interrupts() as interrupts:
         root, resume = processes.from_leader(lambda: _place(args, configs[0].name))
         _furnish(args, configs, root)
         if processes.leads():
             print(f"run folder: {root}")
-        runner.play(configs, root, resume, finish.finish)
+        try:
+            runner.play(configs, root, resume, finish.finish, interrupts)
+        except Stopped:
+            if processes.leads():
+                print(_farewell(args, interrupts.asked or "another process", root, configs[0].name))
+
+
+def _farewell(args: argparse.Namespace, by: str, root: Path, name: str) -> str:
+    """What a run that was asked to stop has saved, and the command that goes on with it."""
+    from fewstep import runner
+
+    again = ["train", args.config, *args.overrides, f"--out={args.out}", *(["--tiny"] if args.tiny else [])]
+    again += ["--resume", str(root)]
+    count = os.environ.get("WORLD_SIZE", "1")
+    start = ["fewstep"] if count == "1" else ["torchrun", "--nproc-per-node", count, "-m", "fewstep.cli"]
+    try:
+        saved = runner.resume_point(root, name)[1]
+    except UserError:
+        return f"stopped by {by} before anything was made: start the same command again"
+    where = f"saved in {saved}" if saved else "before its first checkpoint"
+    return f"stopped by {by}; {where}: continue with\n{shlex.join([*start, *again])}"
 
 
 def _configs(args: argparse.Namespace) -> list[Config]:

@@ -235,10 +235,15 @@ class SaveConfig:
     """checkpoints kept"""
     export: bool = True
     """write the diffusers pipeline folder at the end"""
+    grace: float = 30.0
+    """seconds that SIGTERM or Ctrl-C leaves for the step that is played and its checkpoint: where both have taken
+    longer than that, the run says so"""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise UserError(f"save.every and save.keep are at least 1, but {self.every} and {self.keep} were given")
+        if not self.grace > 0:
+            raise UserError(f"save.grace is a number of seconds above 0, but {self.grace} was given")
 
 
 @dataclass

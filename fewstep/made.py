@@ -13,7 +13,7 @@ from tqdm import tqdm
 from fewstep.config import differences
 from fewstep.core.errors import UserError
 from fewstep.store import Store
-from fewstep.train import processes
+from fewstep.train import interrupts, processes
 
 Tensors = dict[str, Tensor]
 Progress = Callable[[int], object]
@@ -39,15 +39,20 @@ class Made:
         """Makes what is missing of it, as a bar shows."""
         quiet = not processes.leads()
         with tqdm(total=self.count, unit=self.unit, desc=self.name, dynamic_ncols=True, disable=quiet) as bar:
-            store.fill(self.make, bar.update)
+
+            def progress(count: int) -> None:
+                interrupts.poll()
+                bar.update(count)
+
+            store.fill(self.make, progress)
 
     def found_or_filled(self, places: Sequence[Path | None]) -> Store:
-        """The finished store in one of the folders `places`; it is made in the first where there is none."""
+        """The finished store in one of the folders `places`, mended where it must be; else it is made in the first."""
         stores = [self.store(place) for place in places if place is not None]
         found = processes.from_leader(lambda: [i for i, store in enumerate(stores) if store.finished()])
-        if not found:
-            self.fill(stores[0])
-        return stores[found[0]] if found else stores[0]
+        store = stores[found[0] if found else 0]
+        self.fill(store)  # what is finished is compared with its checksums
+        return store
 
     def found(self, folder: Path) -> Store:
         """The finished store in a folder of `fewstep prepare`. Raises UserError where it is not there."""

@@ -36,7 +36,7 @@ from fewstep.models.loading import DENOISERS, locate
 from fewstep.perception import reader_folder
 from fewstep.relay import Relay
 from fewstep.rollout import Rollout, TransitionName, transition
-from fewstep.train import processes
+from fewstep.train import interrupts, processes
 from fewstep.train.checkpoint import sha256, write_text
 
 GRID_SEED = 20_000
@@ -94,6 +94,7 @@ def generate(
     device = device or next(net.parameters()).device
     images = []
     for rows in tqdm(torch.arange(count).split(batch), desc="images", unit="batch", disable=not progress, leave=False):
+        interrupts.poll()
         draw = Draw(seed, 0, rows.to(device))
         images.append(decode(rollout(net, draw.normal("noise", shape), asked(draw.ids), draw).x0).cpu())
     return torch.cat(images)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ from fewstep.export import load_run
 from fewstep.health.alarms import Alarms
 from fewstep.hooks import Best, Hooks
 from fewstep.objectives import base as objectives
-from fewstep.store import INDEX
 from fewstep.train import checkpoint, processes
 from fewstep.train.checkpoint import write_text
+from fewstep.train.interrupts import Interrupts, Stopped
 from fewstep.train.loop import Logs, train
 from fewstep.train.player import NonFinite
 from fewstep.train.rundir import RunDir
@@ -41,32 +40,6 @@ _SHOWN = {
     "x0/saturated": "sat",
     "gan/accuracy": "D acc",
 }
-
-
-class Interrupts:
-    """Turns SIGINT and SIGTERM into a request to stop after the current step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-class Interrupted(UserError):
-    """The run was asked to stop; it has saved first and says where."""
 
 
 class Training:
@@ -86,10 +59,13 @@ class Training:
         self.images = done * run.config.batch
         self.seen: Logs = {}
         self.alarms = Alarms(folder.rows("log.jsonl"))
-        self.started = time.perf_counter()
+        self.started = self.stepped = time.perf_counter()
+        self.longest = self.saving = 0.0
+        self.warned = False
 
     def after(self, step: int, logs: Logs) -> bool:
         done, config = step + 1, self.run.config
+        self.longest = max(self.longest, time.perf_counter() - self.stepped)
         self.images += config.batch
         moves = {f"{name}/moves": player.moves for name, player in self.run.players.items()}
         rates = {f"{name}/lr": player.learning_rate() for name, player in self.run.players.items()}
@@ -97,21 +73,62 @@ class Training:
         self.log(done, {**moves, **rates, **logs, **({"alarm": said} if said else {})})
         self.bar.update()
         self.show(logs)
-        if config.evals.measure_every and done % config.evals.measure_every == 0 and done < config.steps:
-            self.measure(done)
-        if config.evals.every and (done % config.evals.every == 0 or done == config.steps):
-            self.look(done)
-        best = self.hook(done)
+        best = self.evaluate(done)
         due = done % config.save.every == 0 or done == config.steps or best
         # A signal reaches the processes at different steps; they stop at the same one.
         asked = processes.either(self.interrupts.asked is not None)
         if due or asked:
             self.save(done)
+        self.stepped = time.perf_counter()
         return asked
+
+    def evaluate(self, done: int) -> bool:
+        """What is due to be seen and measured; whether the checkpoint of this step is the best so far.
+
+        Where the run is asked to stop it is left, and made up for when the run is resumed.
+        """
+        try:
+            with self.interrupts.leaving():
+                if self.measured(done):
+                    self.measure(done)
+                if self.looked(done):
+                    self.look(done)
+                return self.hook(done)
+        except Stopped:
+            return False
+
+    def measured(self, done: int) -> bool:
+        config = self.run.config
+        return bool(config.evals.measure_every) and done % config.evals.measure_every == 0 and done < config.steps
+
+    def looked(self, done: int) -> bool:
+        config = self.run.config
+        return bool(config.evals.every) and (done % config.evals.every == 0 or done == config.steps)
+
+    def make_up(self, done: int) -> None:
+        """Evaluates the step that a run is resumed from, where it was stopped before it had done so."""
+        rows = sum(row["step"] == done for row in self.folder.rows("evals.jsonl"))
+        lacking = rows < self.measured(done) + bool(self.hooks.due(done))
+        lacking |= self.looked(done) and not self.grid(done).exists()
+        if processes.from_leader(lambda: lacking):
+            self.folder.truncate("evals.jsonl", done - 1)
+            if self.evaluate(done):
+                self.save(done)
+
+    def grid(self, done: int) -> Path:
+        return self.folder.samples / f"{done:07d}.png"
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         seconds = round(time.perf_counter() - self.started, 3)
         self.folder.append("log.jsonl", {"step": step, "seconds": seconds, "images": self.images, **row})
+
+    def resumed(self, done: int, cut: Mapping[str, int]) -> None:
+        """Notes in the log that the run goes on, and what of it lay beyond the checkpoint it goes on from."""
+        lines = " and ".join(f"{count} line{'s' * (count != 1)} of {name}" for name, count in cut.items() if count)
+        said = f"goes on from step {done}" + (f"; cut as beyond it: {lines}" if lines else "")
+        self.log(done, {"resumed": said})
+        if processes.leads():
+            self.bar.write(said)
 
     def stopped(self, reason: str) -> None:
         """Leaves the reason why no further step was played as the last line of the log."""
@@ -124,7 +141,7 @@ class Training:
         self.bar.set_postfix_str(", ".join([*(f"! {word}" for word in self.alarms.on), *shown]), refresh=False)
 
     def look(self, done: int) -> None:
-        measure.save_student_grid(self.run, self.folder.samples / f"{done:07d}.png")
+        measure.save_student_grid(self.run, self.grid(done))
 
     def measure(self, done: int) -> None:
         net, rollout = measure.student(self.run)
@@ -147,16 +164,23 @@ class Training:
         return self.best.improved(done, numbers)
 
     def save(self, done: int) -> Path:
-        try:
-            path = checkpoint.save(self.folder.checkpoints, done, self.run.players, self.run.objective)
-        except OSError as error:
-            raise UserError(
-                f"the checkpoint of step {done} could not be written ({error.strerror or error}): make room and "
-                "continue with --resume; earlier checkpoints are whole"
-            ) from None
+        began = time.perf_counter()
+        path = checkpoint.save(self.folder.checkpoints, done, self.run.players, self.run.objective)
         if processes.leads():
-            checkpoint.prune(self.folder.checkpoints, self.run.config.save.keep, self.best.step)
+            checkpoint.prune(path, self.run.config.save.keep, self.best.step)
+        self.saving = max(self.saving, time.perf_counter() - began)
+        self.warn_of_grace()
         return path
+
+    def warn_of_grace(self) -> None:
+        """Once, where a step and its checkpoint take longer than a run that is asked to stop may take."""
+        grace = self.run.config.save.grace
+        if self.longest + self.saving > grace and not self.warned and processes.leads():
+            self.warned = True
+            self.bar.write(
+                f"a step has taken {self.longest:.1f} s and a checkpoint {self.saving:.1f} s, together more than "
+                f"save.grace={grace:g}: a machine that is taken away sooner loses the work since the last checkpoint"
+            )
 
 
 # What may change when a run is resumed: how long and how it learns, what is looked at, how networks are executed; not
@@ -199,9 +223,36 @@ def check_batch(config: Config) -> None:
         raise SaidOnce(str(error)) from None
 
 
-def play_stage(config: Config, root: Path, previous: Path | None, resume: Path | None) -> Run:
-    """Trains one stage in the folder `root`, from the checkpoint `resume` where given."""
+def play_stage(config: Config, root: Path, previous: Path | None, resume: Path | None, interrupts: Interrupts) -> Run:
+    """Trains one stage in the folder `root`, from the checkpoint `resume` where given. Raises Stopped if asked to."""
     check_resumed(config, root)
+    with interrupts.leaving():
+        run, folder, hooks = set_up(config, root, previous)
+        done = 0 if resume is None else checkpoint.load(resume, run.players, run.objective)
+    cut = {name: folder.truncate(name, done) for name in ("log.jsonl", "evals.jsonl")}
+    folder.write_origin(to_yaml(config), teacher_of(config), walked(run))
+    if processes.leads():
+        tell_skipped(getattr(run.source, "skipped", {}), root)
+    training = Training(run, folder, done, interrupts, hooks)
+    if resume is not None or any(cut.values()):
+        training.resumed(done, cut)
+    try:
+        if done:
+            training.make_up(done)
+        if not processes.either(interrupts.asked is not None):
+            train(run.objective, building.batches(run), run.players, range(done, config.steps), training.after)
+    except NonFinite as error:
+        training.stopped(str(error))
+        raise UserError(f"{error}; {_good(folder)}") from None
+    finally:
+        training.bar.close()
+    if processes.either(interrupts.asked is not None):
+        raise Stopped
+    return run
+
+
+def set_up(config: Config, root: Path, previous: Path | None) -> tuple[Run, RunDir, Hooks]:
+    """A stage with all that it reads, and its folder."""
     run = (building if processes.size() == 1 else sharded).build(config, previous)
     hooks = Hooks(run)
     if processes.leads():
@@ -209,32 +260,12 @@ def play_stage(config: Config, root: Path, previous: Path | None, resume: Path |
     folder = RunDir(root)
     folder.create()
     building.prepare(run, root, previous)
-    done = 0 if resume is None else checkpoint.load(resume, run.players, run.objective)
-    for name in ("log.jsonl", "evals.jsonl"):
-        folder.truncate(name, done)
+    return run, folder, hooks
+
+
+def teacher_of(config: Config) -> dict[str, Any]:
     model = config.model
-    teacher = {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
-    folder.write_origin(to_yaml(config), teacher, walked(run))
-    if processes.leads():
-        tell_skipped(getattr(run.source, "skipped", {}), root)
-    with Interrupts() as interrupts:
-        training = Training(run, folder, done, interrupts, hooks)
-        try:
-            train(run.objective, building.batches(run), run.players, range(done, config.steps), training.after)
-        except NonFinite as error:
-            training.stopped(str(error))
-            raise UserError(f"{error}; {_good(folder)}") from None
-        except OSError as error:
-            raise UserError(
-                f"{folder.root} could not be written ({error.strerror or error}): make room and continue with "
-                f"--resume {folder.root}; {_good(folder)}"
-            ) from None
-        finally:
-            training.bar.close()
-    if processes.either(interrupts.asked is not None) and (last := checkpoint.available(folder.checkpoints)):
-        by = interrupts.asked or "another process"
-        raise Interrupted(f"stopped by {by}; saved in {last[-1]}: continue with --resume {last[-1]}")
-    return run
+    return {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
 
 
 def walked(run: Run) -> dict[str, Any]:
@@ -259,12 +290,54 @@ def _good(folder: RunDir) -> str:
     return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
 
 
-def play(configs: list[Config], root: Path, resume: Path | None, finish: Callable[[Run, RunDir], None]) -> None:
+def play(
+    configs: list[Config],
+    root: Path,
+    resume: Path | None,
+    finish: Callable[[Run, RunDir], None],
+    interrupts: Interrupts | None = None,
+) -> None:
     """Plays all stages. `resume` names a checkpoint; stages before its own are taken as done.
 
     A run of several stages has one sub-folder a stage; `finish` measures and exports the last one's generator and
     leaves table, export and report in the folder of the run. Of several processes the leader alone finishes.
+    Raises Stopped where it is asked to stop, UserError where the folder cannot be written.
     """
+    try:
+        _play(configs, root, resume, finish, interrupts or Interrupts())
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise unwritten(error, root) from None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def unwritten(error: OSError, root: Path) -> UserError:
+    """The sentence for a file that could not be written or read while a run went on in `root`."""
+    if not root.is_dir():
+        return UserError(f"the run folder {root} has gone while the run went on: put it back, or start a new run")
+    what, reason = error.filename or root, error.strerror or str(error).splitlines()[0]
+    full = error.errno in _FULL
+    done, remedy = ("written", "make room") if full else ("written or read", "see to that")
+    saved = [path for place in (root, *stages_in(root)) for path in checkpoint.available(place / "checkpoints")]
+    good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
+    return UserError(f"{what} could not be {done} ({reason}): {remedy} and continue with --resume {root}; {good}")
+
+
+def stages_in(root: Path) -> list[Path]:
+    """The folders of the stages of a run, in their order."""
+    return sorted(root.glob("stage_*"), key=lambda p: (len(p.name), p.name))
+
+
+def _play(
+    configs: list[Config],
+    root: Path,
+    resume: Path | None,
+    finish: Callable[[Run, RunDir], None],
+    interrupts: Interrupts,
+) -> None:
     processes.refuse_differences("---\n".join(to_yaml(config) for config in configs))
     for config in configs:
         check_batch(config)
@@ -279,13 +352,14 @@ def play(configs: list[Config], root: Path, resume: Path | None, finish: Callabl
             previous = place
             continue
         run = None  # the stage before would stay in memory beside this one
-        run = play_stage(config, place, previous, here)
+        run = play_stage(config, place, previous, here, interrupts)
         previous = place
     if processes.size() > 1:
         run = None  # what finishing needs would not fit beside it
         let_go()
     if processes.leads():
-        finish(run or load_run(place, last=False), RunDir(root))
+        with interrupts.leaving(alone=True):
+            finish(run or load_run(place, last=False), RunDir(root))
 
 
 def let_go() -> None:
@@ -298,17 +372,17 @@ def let_go() -> None:
 def resume_point(where: Path, name: str) -> tuple[Path, Path | None]:
     """(run folder, checkpoint) for a run folder, a checkpoint, or a folder of runs whose newest `name` is meant.
 
-    The checkpoint is None where a run was stopped before its first one, while it made its pairs or latents.
+    The checkpoint is None where a run was stopped before its first one: it begins anew in its folder.
     Raises UserError when there is nothing to resume.
     """
     if where.parent.name == "checkpoints" and where.is_dir():
         root = where.parent.parent
         return (root.parent if root.name.startswith("stage_") else root), where
-    stages = [where, *sorted(where.glob("stage_*"), key=lambda p: (len(p.name), p.name))]
+    stages = [where, *stages_in(where)]
     saved = [checkpoint.available(stage / "checkpoints") for stage in stages]
     if found := [paths[-1] for paths in saved if paths]:
         return where, found[-1]
-    if any(any(stage.glob(f"*/{INDEX}")) for stage in stages):
+    if any((stage / "checkpoints").is_dir() for stage in stages):
         return where, None
     runs = sorted((p for p in where.glob(f"*_{name}*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
     if runs:

@@ -113,9 +113,13 @@ class Store:
         if not processes.leads():
             return ""
         aside = self.folder / f"{name}.partial"
-        write_state(aside, tensors)
-        digest = sha256(aside)
-        os.replace(aside, self.folder / name)
+        try:
+            write_state(aside, tensors)
+            digest = sha256(aside)
+            os.replace(aside, self.folder / name)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
         return digest
 
     def _write_index(self, shards: dict[str, str]) -> None:
@@ -123,9 +127,7 @@ class Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         index = {"recipe": json.loads(self.recipe), "count": self.count, "shards": shards}
-        aside = self.folder / f"{INDEX}.partial"
-        write_text(aside, json.dumps(index, indent=1, sort_keys=True) + "\n")
-        os.replace(aside, self.folder / INDEX)
+        write_text(self.folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
 
     def shards(self) -> list[dict[str, Tensor]]:
         """The tensors of each shard, mapped: they are read from disk where they are looked at."""

@@ -389,7 +389,8 @@ def test_an_interrupted_tiny_run_resumes_to_the_same_bits(tmp_path: Path, monkey
     given = ["train", str(RECIPES["sd15_lcm_lora"]), "--tiny", "save.export=false", f"--out={tmp_path / 'cut'}"]
     with monkeypatch.context() as patched:
         patched.setattr(runner.Training, "after", stopped)
-        assert "stopped by SIGTERM; saved in " in refused(capsys, *given)
+        assert cli.main(given) == 0
+    assert "stopped by SIGTERM; saved in " in capsys.readouterr().out
     (folder,) = (tmp_path / "cut").iterdir()
     assert [path.name for path in checkpoint.available(folder / "checkpoints")] == ["0000001"]
     assert cli.main([*given, "--resume", str(folder)]) == 0

@@ -18,8 +18,15 @@ _MARGIN = 6
 def save_grid(
     images: Tensor, path: Path | str, columns: int, scale: int = 4, row_labels: Sequence[str] | None = None
 ) -> None:
-    """Writes `grid` to a PNG."""
-    grid(images, columns, scale, row_labels).save(path, format="PNG")
+    """Writes `grid` to a PNG, which appears whole or not at all."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        grid(images, columns, scale, row_labels).save(aside, format="PNG")
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def grid(images: Tensor, columns: int, scale: int = 4, row_labels: Sequence[str] | None = None) -> Image.Image:

@@ -29,5 +29,6 @@ CURVES = {
     f"With gan/generator above {signs.WON:g} the discriminator has won; with gan_critic_weight x gan/critic above "
     f"{signs.SWALLOWED:.0%} of fake_score/loss it is all that the critic learns.",
     "alarm": "Written by the run itself when an alarm of the progress line begins or ends: collapse, saturated.",
+    "resumed": "Written when a run goes on from a checkpoint: which, and how many lines beyond it were cut.",
     "stopped": "The last line of a run that met a loss or gradient that is not finite.",
 }

@@ -32,9 +32,7 @@ def write_comparison(folders: Sequence[RunDir], to: Path) -> Path:
 
 def _written(path: Path, text: str) -> Path:
     try:
-        aside = path.with_name(f".{path.name}.partial")
-        write_text(aside, text)
-        aside.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from fewstep.train.stored import Stored
 
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
+ASIDE, GONE = ".partial", ".gone"
+"""endings of hidden names: what is being written, and what is being removed"""
 _FORMAT = 2  # 1 had no seal on the manifest
 
 
@@ -125,7 +129,7 @@ def write(final: Path, step: int, moves: Mapping[str, int], state: dict[str, Ten
     """Puts state and manifest aside, and in their place when they are whole."""
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{step:07d}.partial"
+    aside = folder / f".{step:07d}{ASIDE}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
@@ -137,9 +141,11 @@ def write(final: Path, step: int, moves: Mapping[str, int], state: dict[str, Ten
             "sha256": {STATE: sha256(aside / STATE)},
         }
         write_text(aside / MANIFEST, json.dumps({**manifest, "seal": seal(manifest)}, indent=1))
-        if final.exists():
-            shutil.rmtree(final)
+        if wrong(final) is None and (final / MANIFEST).read_bytes() == (aside / MANIFEST).read_bytes():
+            return
+        discard(final)
         aside.rename(final)
+        flush(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -154,15 +160,38 @@ def write_state(path: Path, state: dict[str, Tensor]) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     with safe_open(path, framework="pt") as opened:
-        if set(opened.keys()) != set(state):
+        if set(opened.keys()) != set(state) or not all(same_bits(opened.get_tensor(k), v) for k, v in state.items()):
             raise OSError(f"{path} does not hold what was written to it")
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on the CPU have one type, one shape and the same bytes; a NaN equals itself."""
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return alike and torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b)))
+
+
 def write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Puts `text` in the place of the file `path`, whole or not at all: what was there before stays until then."""
+    aside = path.with_name(f".{path.name}{ASIDE}")
+    try:
+        with aside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def flush(folder: Path) -> None:
+    """Puts the names in `folder` on the disk, where a file system can do that."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def available(folder: Path) -> list[Path]:
@@ -171,20 +200,36 @@ def available(folder: Path) -> list[Path]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are whole. Raises Damaged, naming the file and the one before."""
-    earlier = [p for p in available(path.parent) if p.name < path.name]
-    instead = f"resume from the one before with --resume {earlier[-1]}" if earlier else "there is none before it"
+    """The manifest of a checkpoint whose files are whole. Raises Damaged, naming the file and the newest that is."""
+    if (damage := wrong(path)) is not None:
+        sound = newest_sound(path.parent)
+        instead = f"resume from the newest that is whole with --resume {sound}" if sound else "no other one is whole"
+        raise Damaged(f"the checkpoint {path} is damaged ({damage}): {instead}")
+    return json.loads((path / MANIFEST).read_text())
+
+
+def wrong(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None where all are as they were written."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         sums = {STATE: manifest["sha256"][STATE], **manifest["sha256"]}
         if manifest["format"] not in (1, _FORMAT) or (manifest["format"] > 1 and manifest["seal"] != seal(manifest)):
             raise ValueError("the manifest is not the one that was written")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Damaged(f"the checkpoint {path} is damaged ({MANIFEST} cannot be read): {instead}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"{MANIFEST} cannot be read"
     for name, expected in sums.items():
-        if not (path / name).exists() or sha256(path / name) != expected:
-            raise Damaged(f"the checkpoint {path} is damaged ({name} is not what was written): {instead}")
-    return manifest
+        try:
+            found = sha256(path / name)
+        except OSError:
+            found = ""
+        if found != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` whose files are whole."""
+    return next((path for path in reversed(available(folder)) if wrong(path) is None), None)
 
 
 def load(path: Path, players: Mapping[str, Player], extra: nn.Module) -> int:
@@ -198,13 +243,38 @@ def load(path: Path, players: Mapping[str, Player], extra: nn.Module) -> int:
     return manifest["step"]
 
 
-def prune(folder: Path, keep: int, best: int | None = None) -> None:
-    """Removes the oldest checkpoints beyond `keep`, but that of the step `best`, and what interrupted writes left."""
-    for stale in folder.glob(".*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
-    for old in available(folder)[:-keep]:
-        if int(old.name) != best:
-            shutil.rmtree(old)
+def prune(newest: Path, keep: int, best: int | None = None) -> None:
+    """Once `newest` is verified, removes its elders beyond `keep`, but that of the step `best`, and all after it.
+
+    Those after it are of a run that was gone back on. Raises Damaged, and leaves all there is, where it is not whole.
+    """
+    folder, every = newest.parent, available(newest.parent)
+    tidy(folder)
+    elders, later = [p for p in every if p.name <= newest.name], [p for p in every if p.name > newest.name]
+    old = [path for path in elders[:-keep] if int(path.name) != best] + later
+    if old:
+        verify(newest)
+    for path in old:
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Removes a checkpoint, if it is there. Its name goes first: a kill leaves none that is half there."""
+    if path.exists():
+        gone = path.with_name(f".{path.name}{GONE}")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what interrupted writes and removals have left in `folder`."""
+    for ending in (ASIDE, GONE):
+        for stale in folder.glob(f".*{ending}"):
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
 
 
 def read_network(path: Path, player: str, follower: str | None) -> Stored:

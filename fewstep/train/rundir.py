@@ -17,7 +17,7 @@ import torch
 
 from fewstep.core.errors import UserError
 from fewstep.train import processes
-from fewstep.train.checkpoint import write_text
+from fewstep.train.checkpoint import ASIDE, tidy, write_text
 
 
 class RunDir:
@@ -37,9 +37,11 @@ class RunDir:
         try:
             for folder in (self.samples, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            probe = self.root / ".writable"
+            probe = self.root / f".writable{ASIDE}"
             probe.write_text("")
             probe.unlink()
+            for folder in (self.root, self.samples, self.checkpoints):
+                tidy(folder)
         except OSError as error:
             raise UserError(
                 f"the run folder {self.root} cannot be written ({error.strerror}): choose another with --out"
@@ -63,11 +65,17 @@ class RunDir:
                 break
         return rows
 
-    def truncate(self, name: str, step: int) -> None:
-        """Drops the lines of steps that a resumed run will play again."""
+    def truncate(self, name: str, step: int) -> int:
+        """Drops the lines of steps that a resumed run will play again; says how many, one cut short among them."""
+        path = self.root / name
+        if not processes.leads() or not path.exists():
+            return 0
+        before = path.read_text(errors="replace")
         kept = [row for row in self.rows(name) if row["step"] <= step]
-        if processes.leads() and (self.root / name).exists():
-            write_text(self.root / name, "".join(json.dumps(row) + "\n" for row in kept))
+        after = "".join(json.dumps(row) + "\n" for row in kept)
+        if after != before:
+            write_text(path, after)
+        return len(before.splitlines()) - len(kept)
 
     def note_protocols(self, protocols: Mapping[str, Any]) -> None:
         """Adds to protocols.json what the numbers of evals.jsonl are of."""

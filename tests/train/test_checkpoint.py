@@ -201,10 +201,22 @@ def test_a_manifest_without_its_entries_is_refused(text: str, saved: Path) -> No
         World().load(saved)
 
 
-def test_the_first_checkpoint_has_none_before_it(saved: Path) -> None:
-    flip(saved.parent / "0000002" / STATE)
-    with pytest.raises(Damaged, match="there is none before it"):
-        World().load(saved.parent / "0000002")
+def test_the_newest_sound_checkpoint_is_offered(saved: Path) -> None:
+    """Older ones may be damaged too, and newer ones whole."""
+    world, folder = World(), saved.parent
+    for step in (4, 5):
+        world.play(range(step - 1, step))
+        world.save(folder, step)
+    flip(folder / "0000005" / STATE)
+    empty(folder / "0000004" / MANIFEST)
+    with pytest.raises(Damaged, match=f"newest that is whole with --resume {saved}$"):
+        world.load(folder / "0000005")
+    flip(folder / "0000002" / STATE)
+    with pytest.raises(Damaged, match=f"newest that is whole with --resume {saved}$"):
+        world.load(folder / "0000002")
+    truncate(saved / STATE)
+    with pytest.raises(Damaged, match="no other one is whole"):
+        world.load(folder / "0000005")
 
 
 def test_a_checkpoint_of_other_networks_is_refused(saved: Path) -> None:
@@ -249,6 +261,27 @@ def test_a_write_that_loses_a_tensor_is_noticed(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_changes_a_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = checkpoint.save_file
+
+    def lies(state: dict[str, Tensor], path: Path) -> None:
+        honest(state, path)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+    monkeypatch.setattr(checkpoint, "save_file", lies)
+    with pytest.raises(OSError, match="does not hold what was written"):
+        World().save(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_number_that_is_none_is_what_was_written(tmp_path: Path) -> None:
+    """A NaN is not equal to itself, but its bytes are."""
+    state = {"a": torch.tensor([float("nan"), 1.0]), "b": torch.tensor(3), "c": torch.zeros(0)}
+    checkpoint.write_state(tmp_path / STATE, state)
+    assert not checkpoint.same_bits(state["a"], torch.tensor([float("nan"), 2.0]))
+    assert not checkpoint.same_bits(state["b"], torch.tensor(3.0)) and checkpoint.same_bits(state["c"], state["c"])
+
+
 def test_a_manifest_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
@@ -265,12 +298,59 @@ def test_pruning_keeps_the_newest_and_clears_half_written_ones(tmp_path: Path) -
         world.save(tmp_path, step)
     (tmp_path / ".0000200.partial").mkdir()
     (tmp_path / ".0000200.partial" / STATE).write_bytes(b"half")
+    (tmp_path / ".0000003.gone").mkdir()
     (tmp_path / "notes").mkdir()
     assert [p.name for p in checkpoint.available(tmp_path)] == ["0000005", "0000020", "0000100"]
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path / "0000100", 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000020", "0000100", "notes"]
-    checkpoint.prune(tmp_path, 5)
+    checkpoint.prune(tmp_path / "0000100", 5)
     assert len(checkpoint.available(tmp_path)) == 2
+
+
+def test_pruning_waits_for_a_new_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    world = World()
+    for step in (1, 2, 3):
+        world.save(tmp_path, step)
+    flip(tmp_path / "0000003" / STATE)
+    with pytest.raises(Damaged):
+        checkpoint.prune(tmp_path / "0000003", 1)
+    assert [p.name for p in checkpoint.available(tmp_path)] == ["0000001", "0000002", "0000003"]
+    world.save(tmp_path, 3)
+    checkpoint.prune(tmp_path / "0000003", 1, best=1)
+    assert [p.name for p in checkpoint.available(tmp_path)] == ["0000001", "0000003"]
+
+
+def test_what_was_gone_back_on_is_removed_after_the_next_checkpoint(tmp_path: Path) -> None:
+    """A later resume would go on from it otherwise, though the log behind it is cut."""
+    world = World()
+    for step in (1, 2, 3, 9):
+        world.save(tmp_path, step)
+    checkpoint.prune(tmp_path / "0000003", 2, best=None)
+    assert [p.name for p in checkpoint.available(tmp_path)] == ["0000002", "0000003"]
+
+
+def test_the_same_checkpoint_is_left_as_it_is(tmp_path: Path) -> None:
+    world = World()
+    path = world.save(tmp_path, 1)
+    stamp = (path / STATE).stat().st_ino
+    world.save(tmp_path, 1)
+    assert (path / STATE).stat().st_ino == stamp
+    flip(path / STATE)
+    world.save(tmp_path, 1)
+    assert (path / STATE).stat().st_ino != stamp and checkpoint.wrong(path) is None
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.yaml"
+    checkpoint.write_text(file, "before")
+
+    def fails(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fails)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_text(file, "after")
+    assert file.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_a_half_written_checkpoint_is_not_available(tmp_path: Path) -> None:
