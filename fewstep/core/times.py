@@ -116,17 +116,18 @@ class Grid:
             raise UserError(f"a time grid needs at least one interval, but count is {self.count}")
 
     def times(self, schedule: NoiseSchedule) -> Tensor:
-        """(count + 1,) float32, ascending from exactly 0 to 1."""
+        """(count + 1,) float32, ascending from exactly 0 to 1; fewer where a process has no time for a rung."""
         ladder = torch.arange(self.count + 1, dtype=torch.float64) / self.count
         if self.law == "karras":
             ladder[1:-1] = schedule.time_of(_karras_sigma(ladder[1:-1]))
         ladder = shift(ladder, self.shift)
-        return torch.cat([ladder[:1], schedule.snap(ladder[1:])]).float()
+        return torch.unique_consecutive(torch.cat([ladder[:1], schedule.snap(ladder[1:])]).float())
 
     def pair(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
         """(t, s), each (B,): a uniformly chosen rung and the next cleaner one."""
         times = self.times(schedule).to(u.device)
-        index = (u * self.count).long().clamp(max=self.count - 1)
+        last = len(times) - 2
+        index = (u * (last + 1)).long().clamp(max=last)
         return times[index + 1], times[index]
 
     def around(self, t: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
@@ -135,5 +136,5 @@ class Grid:
         Of a density of t this makes its integrals over the intervals (iCT's discretised log-normal).
         """
         times = self.times(schedule).to(t.device)
-        index = torch.searchsorted(times, t.float().contiguous()).clamp(1, self.count)
+        index = torch.searchsorted(times, t.float().contiguous()).clamp(1, len(times) - 1)
         return times[index], times[index - 1]

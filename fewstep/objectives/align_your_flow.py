@@ -67,6 +67,11 @@ class Config:
                 f"objective.guidance is empty, or a lowest and a highest strength, such as [1, 3], but {self.guidance} "
                 "was given"
             )
+        if self.guidance and not self.guidance[0] <= self.sampled_guidance <= self.guidance[1]:
+            raise UserError(
+                f"objective.sampled_guidance is what was trained, from {self.guidance[0]} to {self.guidance[1]}, but "
+                f"{self.sampled_guidance} was given"
+            )
 
 
 class Objective(FlowMap):

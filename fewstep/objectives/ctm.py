@@ -49,6 +49,8 @@ class Config(tcd.Config):
                 "ctm is told where it jumps and is compared by its follower: leave objective.second_time and "
                 "objective.target out"
             )
+        if self.weight != "none":
+            raise UserError("ctm compares clean ends, however far a jump is: leave objective.weight out")
         if not 1 <= self.most_steps <= self.grid.count or self.denoising < 0:
             raise UserError(
                 f"objective.most_steps is from 1 to the {self.grid.count} intervals of objective.grid and "

@@ -4,8 +4,8 @@ t is drawn freely and m follows it, in k = sigma / alpha, by a ratio that rises 
 
     k_m = max(0, k_t (1 - q^-(stage + 1) (1 + steep sigmoid(-b k_t))))
 
-so early stages have m = 0 at low noise, which is plain denoising. L = E |f(x_t, t) - sg f(x_m, m)| / (t - m), of a
-sample as a whole; the target is the generator itself.
+but never nearer to k_t than `most_ratio`. So early stages have m = 0 at low noise, which is plain denoising.
+L = E |f(x_t, t) - sg f(x_m, m)| / (t - m), of a sample as a whole; the target is the generator itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
-from fewstep.core.times import Times
+from fewstep.core.times import Grid, Times
 from fewstep.objectives import consistency
 from fewstep.objectives.pieces.distances import Robust
 
@@ -41,6 +41,8 @@ class Config(consistency.Config):
     """inverse_step: 1 / (t - m), in the process's own time"""
     ratio: float = 2.0
     """q: the gap between t and m falls by it from stage to stage"""
+    most_ratio: float = 0.9961
+    """of k_m to k_t, however late the stage: nearer times are one in float32"""
     stage_steps: int = 100
     """steps of a stage"""
     steep: float = 8.0
@@ -52,6 +54,10 @@ class Config(consistency.Config):
         super().__post_init__()
         if self.times is None or self.curriculum.law != "constant":
             raise UserError("ect draws its times and has no grid: give objective.times, and no objective.curriculum")
+        if self.grid != Grid():
+            raise UserError("ect draws its times and has no grid: leave objective.grid out")
+        if not 0 < self.most_ratio < 1:
+            raise UserError(f"objective.most_ratio is between 0 and 1, but {self.most_ratio} was given")
         if not self.ratio > 1 or self.stage_steps < 1 or self.steep < 0:
             raise UserError(
                 "objective.ratio is above 1, objective.stage_steps at least 1 and objective.steep at least 0, but "
@@ -70,4 +76,4 @@ class Objective(consistency.Objective):
         alpha, sigma, _, _ = schedule.coefficients(t.double())
         noise = (sigma / alpha).clamp(max=NOISIEST)
         gap = config.ratio ** -(stage + 1) * (1 + config.steep * torch.sigmoid(-config.slope * noise))
-        return schedule.time_of((noise * (1 - gap)).clamp(min=0)).to(t)
+        return schedule.time_of((noise * (1 - gap.clamp(min=1 - config.most_ratio))).clamp(min=0)).to(t)

@@ -23,6 +23,9 @@ from fewstep.objectives import consistency
 from fewstep.objectives.pieces.judged import JudgeConfig, Judged
 from fewstep.rollout import Rollout, ode
 
+SAME = 1e-3
+"""Times no further apart are one, a step of a trained schedule."""
+
 
 @dataclass
 class Config(consistency.Config):
@@ -39,9 +42,12 @@ class Objective(Judged, consistency.Objective):
             raise UserError("the phases of pcm are walked without fresh noise: set model.transition=ode, or one step")
 
     def floor(self, t: Tensor) -> Tensor:
-        """The lower edge (B,) of the phase of t: the level at which its step hands on."""
-        edges = torch.tensor([self.rollout.level_after(i) for i in reversed(range(len(self.rollout)))])
-        return edges.to(t)[torch.searchsorted(edges.to(t), t.contiguous()) - 1]
+        """The lower edge (B,) of the phase of t: the level at which its step hands on.
+
+        A rung hardly above an edge is where the phase below begins: the scheduler's levels are not quite even.
+        """
+        edges = torch.tensor([self.rollout.level_after(i) for i in reversed(range(len(self.rollout)))]).to(t)
+        return edges[(torch.searchsorted(edges + SAME, t.contiguous()) - 1).clamp(min=0)]
 
     def neighbours(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         t, m = super().neighbours(batch, step)

@@ -10,7 +10,7 @@ first is consistency on a grid.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,12 +27,12 @@ class Config(scm.Config):
     name: str = "rcm"
     times: Times = field(default_factory=lambda: Times(law="log_normal", mean=0.7, std=1.6))
     """law of the angle; log_normal is of its tangent, sigma / alpha"""
-    weight: Any = "none"
+    weight: Literal["inverse_tan", "none"] = "none"
     """inverse_tan: 1 / tan of the angle | none"""
     adaptive: bool = False
     """a head of the time learns the size of the loss"""
-    consistency: float = 1.0
-    """weight of the consistency"""
+    consistency: float = 50.0
+    """weight of the consistency; the score gap has a factor of 1/2 in it, so that the paper's 100 to 1 is 50 to 1"""
     gap: float = 1.0
     """weight of the score gap and of what `matching` has beside it; 0 needs no critic"""
     discrete: consistency.Config | None = None
@@ -46,6 +46,11 @@ class Config(scm.Config):
             raise UserError(
                 "objective.consistency and objective.gap are at least 0, and not both 0, but "
                 f"{self.consistency} and {self.gap} were given"
+            )
+        if self.discrete is not None and (self.data != "real" or self.mode != self.discrete.mode):
+            raise UserError(
+                "objective.discrete of rcm is on real data, in a mode of its own: leave objective.data out, and set "
+                f"objective.mode={self.discrete.mode}"
             )
         if self.matching.regression or not self.matching.backward_simulation:
             raise UserError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
 from fewstep.objectives import consistency
-from fewstep.rollout import GammaJump, Rollout, ode, renoise
+from fewstep.rollout import GammaJump, Rollout, jumps, ode, renoise
 
 
 @dataclass
@@ -42,6 +42,11 @@ class Objective(consistency.Objective):
         return config.second_time
 
     def refuse(self, rollout: Rollout) -> None:
+        if self.two_times(self.config) and not jumps(rollout.step):
+            raise UserError(
+                "this network is told where it jumps, which fresh noise alone does not say: set model.transition=ode, "
+                "or gamma"
+            )
         if len(rollout) > 1 and not (rollout.step in (ode, renoise) or isinstance(rollout.step, GammaJump)):
             raise UserError(
                 "jumps to cleaner times are walked with all, some or none of the noise fresh: set "

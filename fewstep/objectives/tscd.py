@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.core.batch import Batch
 from fewstep.core.errors import UserError
+from fewstep.core.times import Grid
 from fewstep.objectives import tcd
 from fewstep.objectives.pieces.distances import Robust
 from fewstep.objectives.pieces.judged import JudgeConfig, Judged
@@ -25,6 +26,8 @@ class Config(tcd.Config):
     name: str = "tscd"
     distance: Robust = "l2"
     """l2 | l1 | huber | sample_huber (of a sample as a whole)"""
+    grid: Grid = field(default_factory=lambda: Grid(count=48))
+    """neighbouring times"""
     segments: int = 4
     """k, equal parts of the grid"""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -40,10 +43,19 @@ class Config(tcd.Config):
 
 
 class Objective(Judged, tcd.Objective):
+    def __init__(self, config, triad, rollout):
+        super().__init__(config, triad, rollout)
+        rungs = len(config.grid.times(triad.generator.schedule)) - 1
+        if rungs != config.grid.count:
+            raise UserError(
+                f"objective.grid has {config.grid.count} intervals, but the process of this teacher has times for "
+                f"{rungs} of them alone: make it coarser, for segments are equal parts of it"
+            )
+
     def floor(self, t: Tensor) -> Tensor:
         """The lower end (B,) of the segment that t lies in or ends."""
         ladder = self.config.grid.times(self.triad.generator.schedule).to(t.device)
-        long = self.config.grid.count // self.config.segments
+        long = (len(ladder) - 1) // self.config.segments
         index = torch.searchsorted(ladder, t.contiguous())
         return ladder[(index - 1) // long * long]
 
