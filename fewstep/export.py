@@ -84,7 +84,8 @@ def _replace(aside: Path, folder: Path) -> None:
 class SameNoise:
     """Stands in for Draw where a pipeline's noise is wanted: `count` rows a draw from one torch generator.
 
-    All but the start, which has no purpose, is drawn for latents as the pipeline of `codec` packs them.
+    It is drawn for latents as the pipeline of `codec` packs them: the start, which has no purpose, only where it is
+    packed there too.
     """
 
     def __init__(self, seed: int, count: int, codec: Codec | None = None):
@@ -92,9 +93,9 @@ class SameNoise:
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         drawn = torch.randn(self.count, *shape, generator=self.generator)
-        if not purpose or self.codec is None:
+        if self.codec is None or not (purpose or self.codec.STARTS_PACKED):
             return drawn
-        return self.codec.unpacked(drawn.view(self.codec.packed(drawn).shape), shape)
+        return self.codec.scattered(drawn)
 
 
 @torch.no_grad()

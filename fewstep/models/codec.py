@@ -37,6 +37,8 @@ class Codec(nn.Module):
     """of as many pixels are the sides that the pipeline's call takes, whatever its VAE"""
     EVEN_SIGMAS: ClassVar[bool] = False
     """whether the pipeline hands its scheduler the times 1, .., 1 / n itself"""
+    STARTS_PACKED: ClassVar[bool] = False
+    """whether the pipeline draws its first noise, too, as its call takes latents"""
     embedded_guidance: float | None = None
     """the guidance that a network is told beside the prompt; None for one that is told none"""
 
@@ -90,6 +92,10 @@ class Codec(nn.Module):
     def unpacked(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Those again (B, *S), for the `shape` S."""
         return latents
+
+    def scattered(self, noise: Tensor) -> Tensor:
+        """Noise (B, *S) in the order in which the pipeline draws it between its steps."""
+        return self.unpacked(noise.view(self.packed(noise).shape), tuple(noise.shape[1:]))
 
     def time_shift(self, scheduler: Any, shape: tuple[int, ...]) -> float:
         """The factor by which `scheduler` shifts even times towards noise for latents of this shape.

@@ -100,6 +100,17 @@ def vp_scheduler(kind: Kind, betas: Mapping[str, Any]) -> Any:
     )
 
 
+def _betas_of(scheduler: Any) -> dict[str, Any]:
+    """What makes a stock scheduler of the process of `scheduler`: its own settings, or, where these say more, betas."""
+    said = {name: scheduler.config[name] for name in _BETAS if name in scheduler.config}
+    product = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
+    again = diffusers.DDIMScheduler(**said).alphas_cumprod.double()
+    if torch.allclose(again, product, rtol=1e-4, atol=1e-7):
+        return said
+    kept = product / torch.cat([product.new_ones(1), product[:-1]])
+    return {"num_train_timesteps": len(product), "trained_betas": (1 - kept).tolist()}
+
+
 def renoising_flow_scheduler(steps: int, flow_shift: float = 1.0) -> Any:
     """Fresh noise at every step of a flow model, for pipelines that read prompts.
 
@@ -132,10 +143,11 @@ def student_scheduler(
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=flow_shift) if even else flow_scheduler(flow_shift)
     if steps > 1 and transition not in ("ode", "renoise"):
         return None
+    betas = _betas_of(teacher)
     if transition == "ode" or steps == 1:
-        return vp_scheduler(kind, teacher.config)
+        return vp_scheduler(kind, betas)
     return diffusers.LCMScheduler(
-        **{name: teacher.config[name] for name in _BETAS if name in teacher.config},
+        **betas,
         prediction_type=kind,
         original_inference_steps=steps,
         clip_sample=False,
