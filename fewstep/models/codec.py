@@ -229,6 +229,15 @@ class Codec(nn.Module):
         shape = (1, -1, *[1] * (like.ndim - 2))
         return like.new_tensor(mean).view(shape), scale / like.new_tensor(std).view(shape)
 
+    def _latent_frames(self, frames: int | None, factor: int) -> int:
+        """How many latents in time `frames` are, of which the first is one by itself. Raises UserError."""
+        if frames is None or frames % factor != 1:
+            raise UserError(
+                f"{frames or 'no'} frames were asked for, but this model makes videos of a multiple of {factor} "
+                "frames and one"
+            )
+        return (frames - 1) // factor + 1
+
     def _grid(self, height: int, width: int, factor: int, patch: int) -> tuple[int, int]:
         multiple = math.lcm(factor * patch, self.MULTIPLE)
         if min(height, width) < 1 or height % multiple or width % multiple:

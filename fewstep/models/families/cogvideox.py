@@ -63,13 +63,10 @@ class CogVideoX(Codec):
         yield self.pipeline.tokenizer, self.max_sequence_length
 
     def latent_shape(self, height, width, frames=None):
-        known, factor = self.pipeline.transformer.config, self.pipeline.vae_scale_factor_temporal
-        count = 0 if frames is None or frames % factor != 1 else (frames - 1) // factor + 1
-        if not count or count % (known.patch_size_t or 1):
-            raise UserError(
-                f"{frames or 'no'} frames were asked for, but this model makes videos of a multiple of {factor} frames "
-                f"and one, {known.patch_size_t or 1} of which are one to its network"
-            )
+        known = self.pipeline.transformer.config
+        count, together = self._latent_frames(frames, self.pipeline.vae_scale_factor_temporal), known.patch_size_t or 1
+        if count % together:
+            raise UserError(f"{frames} frames are {count} latents, but this model reads {together} at a time")
         grid = self._grid(height, width, self.pipeline.vae_scale_factor_spatial, known.patch_size)
         return self.channels, count, *grid
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import Condition
-from fewstep.core.errors import UserError
 from fewstep.models import schedulers
 from fewstep.models.codec import Codec
 from fewstep.models.family import Family, middle
@@ -63,14 +62,9 @@ class LTX(Codec):
         yield self.pipeline.tokenizer, self.max_sequence_length
 
     def latent_shape(self, height, width, frames=None):
-        factor = self.pipeline.vae_temporal_compression_ratio
-        if frames is None or frames % factor != 1:
-            raise UserError(
-                f"{frames or 'no'} frames were asked for, but this model makes videos of a multiple of {factor} "
-                "frames and one"
-            )
+        count = self._latent_frames(frames, self.pipeline.vae_temporal_compression_ratio)
         grid = self._grid(height, width, self.pipeline.vae_spatial_compression_ratio, 1)
-        return self.channels, (frames - 1) // factor + 1, *grid
+        return self.channels, count, *grid
 
     def _statistics(self, like):
         shape, vae = (1, -1, *[1] * (like.ndim - 2)), self.vae

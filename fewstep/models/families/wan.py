@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fewstep.core.errors import UserError
 from fewstep.models.codec import Codec
 from fewstep.models.family import Family, middle, named_inputs
 
@@ -26,15 +25,10 @@ class Wan(Codec):
         yield self.pipeline.tokenizer, self.max_sequence_length
 
     def latent_shape(self, height, width, frames=None):
-        factor = self.pipeline.vae_scale_factor_temporal
-        if frames is None or frames % factor != 1:
-            raise UserError(
-                f"{frames or 'no'} frames were asked for, but this model makes videos of a multiple of {factor} "
-                "frames and one"
-            )
+        count = self._latent_frames(frames, self.pipeline.vae_scale_factor_temporal)
         _, patch, _ = self.pipeline.transformer.config.patch_size
         grid = self._grid(height, width, self.pipeline.vae_scale_factor_spatial, patch)
-        return self.vae.config.z_dim, (frames - 1) // factor + 1, *grid
+        return self.vae.config.z_dim, count, *grid
 
 
 ROWS = {
