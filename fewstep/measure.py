@@ -166,7 +166,7 @@ def save_pairs(folder: Path, models: Mapping[str, tuple[str, Tensor]], asked: Se
 
     `models`: a short key -> a name for the reader and images (N, C, H, W) in [-1, 1], N at least that of `asked`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for key, (_, images) in models.items():
         for i in range(len(asked)):
             picture(images[i]).save(folder / f"{key}_{i:02d}.png")

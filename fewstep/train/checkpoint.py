@@ -128,7 +128,7 @@ def save(folder: Path, step: int, players: Mapping[str, Player], extra: nn.Modul
 def write(final: Path, step: int, moves: Mapping[str, int], state: dict[str, Tensor]) -> None:
     """Puts state and manifest aside, and in their place when they are whole."""
     folder = final.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # never its parents: a run whose folder was removed would go on in half of one
     aside = folder / f".{step:07d}{ASIDE}"
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -89,20 +89,22 @@ class Sites:
     """Counts the writes below `root`; the one of number `site`, and all after it, fail with `error`.
 
     `half`: files open, but take only so many bytes before they fail. `pause`: seconds that every write takes.
-    `remove`: at that site the folder is removed instead. -1 as the site only counts.
+    `remove`: at that site the folder is removed instead. -1 as the site only counts; a site may also be given as the
+    end of its path, of which the first is meant.
     """
 
     def __init__(
         self,
         counted: Path,
-        site: int,
+        site: int | str,
         root: str,
         error: int = errno.ENOSPC,
         half: bool = False,
         pause: float = 0.0,
         remove: str | None = None,
     ):
-        self.file, self.site, self.root, self.error = counted, site, root, error
+        self.file, self.root, self.error = counted, root, error
+        self.site, self.ending = (site, None) if isinstance(site, int) else (-1, site)
         self.half, self.pause, self.remove = half, pause, remove
         self.seen: list[str] = []
         self.quiet = False
@@ -130,6 +132,8 @@ class Sites:
         self.quiet = True
         try:
             self.seen.append(f"{what} {os.path.relpath(path, self.root)}")
+            if self.site < 0 and self.ending is not None and path.endswith(self.ending):
+                self.site = len(self.seen) - 1
             time.sleep(self.pause)
             if len(self.seen) - 1 == self.site and self.remove:
                 import shutil

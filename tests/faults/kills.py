@@ -19,6 +19,10 @@ from tests.faults.harness import Done, Server, different, leftovers, make_teache
 SMALL = ("batch=4", "evals.samples=24", "evals.baseline=false", "evals.batch=36", "save.every=2", "evals.every=2")
 
 
+# Measured by a hook whose best checkpoint is kept.
+MEASURED = ("evals.hooks.f.metric=frechet", "evals.hooks.f.every=2", "evals.hooks.f.samples=24", "evals.best=f")
+
+
 @dataclass(frozen=True)
 class Scene:
     """A run of a few seconds: its config and overrides, and on how many processes it is played."""
@@ -40,7 +44,7 @@ SCENES = {
     "progressive": Scene("configs/scenes/progressive.yaml", ("steps=3",)),
     "pairs_then_gan": Scene(
         "configs/quickstart.yaml",
-        ("pairs.count=24", "pairs.steps=4", "stage_1.steps=3", "stage_1.batch=4", "stage_2.steps=4"),
+        ("pairs.count=24", "pairs.steps=4", "stage_1.steps=3", "stage_1.batch=4", "stage_2.steps=4", *MEASURED),
     ),
     "fsdp2": Scene("configs/scenes/dmd2.yaml", ("steps=5",), processes=2),
 }
@@ -104,7 +108,7 @@ def killed(server: Server, whole: Whole, moment: Moment, out: Path) -> Outcome:
     """Kills a run at the moment and resumes it until it ends; a run that had left nothing yet is started again."""
     scene, arguments = whole.scene, whole.scene.arguments(whole.teacher, out)
     if moment.phase == "clock":
-        end = killed_by_the_clock(server, arguments, moment.seconds)
+        end = killed_by_the_clock(server, scene, arguments, moment.seconds)
     else:
         end = scene.play(server, arguments, {"signal": signal.SIGKILL, "phase": moment.phase, "call": moment.call})
     outcome = Outcome(moment, end.counted.get("at", []))
@@ -128,7 +132,9 @@ def killed(server: Server, whole: Whole, moment: Moment, out: Path) -> Outcome:
     return outcome
 
 
-def killed_by_the_clock(server: Server, arguments: list[str], seconds: float) -> Done:
+def killed_by_the_clock(server: Server, scene: Scene, arguments: list[str], seconds: float) -> Done:
+    if scene.processes == 2:
+        return server.run_two(arguments, kill_after=seconds)
     command = server.start(arguments)
     time.sleep(seconds)
     if command.running:
