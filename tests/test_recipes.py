@@ -169,7 +169,7 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
     # NVlabs/rcm, Wan 2.1 1.3B
     "wan21_rcm": [
         {"batch": 64, "model": {"guidance": 5.0, "steps": 4}, "data": {"frames": 81}, "pairs": {"count": 250_000}}
-        | {"objective": {"warmup": 1000, "consistency": 100.0, "gap": 1.0, "times": {"mean": 0.7, "std": 1.6}}}
+        | {"objective": {"warmup": 1000, "consistency": 100.0, "gap": 2 * 1.0, "times": {"mean": 0.7, "std": 1.6}}}
         | {"players": {"generator": {"lr": 2e-6, "betas": [0.0, 0.999]}, "fake_score": {"lr": 4e-7}}}
     ],
     # magic-research/piecewise-rectified-flow
@@ -181,6 +181,10 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
     # arXiv:2503.07274
     "sd21_agd": [{"objective": {"name": "agd"}, "data": {"resolution": 512}}],
     # Luo-Yihong/TDM, README.md and train_tdm_demo.py
+    "cogvideox_tdm": [
+        {"model": {"guidance": 6.0, "steps": 4}, "objective": {"huber": 1e-3, "own_interval": True, "ratio": 1}}
+        | {"players": {"generator": {"lr": 2e-5 / 5, "betas": [0.0, 0.95]}, "fake_score": {"lr": 2e-5}}}
+    ],
     "pixart_tdm": [
         {"steps": 10_000, "batch": 32, "model": {"guidance": 4.5, "steps": 4}, "data": {"resolution": 512}}
         | {"objective": {"huber": 1e-3, "own_interval": True, "critic_target": "pred_x0", "ratio": 1}}
@@ -253,6 +257,36 @@ PUBLISHED: dict[str, list[dict[str, Any]]] = {
     "z_image_decoupled_dmd": [
         {"model": {"steps": 8, "shift": 3.0}, "players": {"fake_score": {"lr": 1e-5}}}
         | {"objective": {name: {"shift": 3.0} for name in ("times", "guidance_times", "critic_times")}}
+    ],
+    # Harahan/RTDMD, configs/cold_start/flux1_dev.yaml
+    "flux_lora_four_steps": [
+        {"steps": 100_000, "batch": 9, "model": {"embedded_guidance": 3.5, "steps": 4}, "data": {"resolution": 512}}
+        | {"objective": {"ratio": 10, "times": {"low": 0.02, "high": 0.98}, "critic_times": {"law": "logit_normal"}}}
+        | {
+            "players": {"generator": {**RTDMD_PLAYER, "ema": 0.99, "lora": {"rank": 32, "alpha": 64.0}}}
+            | {"fake_score": {**RTDMD_PLAYER, "lora": {"rank": 32, "alpha": 64.0}}}
+        }
+    ],
+    # pnotp/ArcFlow, configs/flux/arcflux_2nfe_k16.py and _ddp_train.py
+    "flux_arcflow": [
+        {"steps": 10_000, "batch": 4 * 4, "model": {"embedded_guidance": 3.5, "steps": 2, "shift": 3.2}}
+        | {"objective": {"modes": 16, "window": 3 / 128, "mixing": 2000}}
+        | {
+            "players": {
+                "generator": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.0, "warmup": 100}
+                | {"clip": round(50 / 30, 2), "lora": {"rank": 256, "alpha": 256.0}}
+            }
+        }
+    ],
+    # inclusionAI/TwinFlow, src/configs/sd_task/sd35_lora_2order.yaml
+    "flux_twinflow": [
+        {"batch": 8, "model": {"steps": 2}, "objective": {"rectify": 0.5}, "data": {"resolution": 512}}
+        | {
+            "players": {
+                "generator": {"lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.0, "clip": 1.0, "ema": 0.99}
+                | {"lora": {"rank": 64, "alpha": 64.0}}
+            }
+        }
     ],
     # the cards of XCLiu/2_rectified_flow_from_sd_1_5 and XCLiu/instaflow_0_9B_from_sd_1_5
     "sd15_instaflow": [
@@ -474,11 +508,14 @@ def test_mistakes_with_families_end_with_one_sentence(
 
 
 FOREIGN = {
-    "FluxTransformer2DModel": (
+    "HiDreamImageTransformer2DModel": (
         "transformer",
-        "has no row for the class 'FluxTransformer2DModel': it can use DiT",
+        "has no row for the class 'HiDreamImageTransformer2DModel': it can use AuraFlow",
     ),
-    "UNet2DConditionModel": ("unet", "no codec for the pipeline 'FluxPipeline': it can use StableDiffusionPipeline"),
+    "UNet2DConditionModel": (
+        "unet",
+        "no codec for the pipeline 'HiDreamImagePipeline': it can use StableDiffusionPipeline",
+    ),
 }
 
 
@@ -486,7 +523,11 @@ FOREIGN = {
 def test_a_foreign_family_is_named(kind: str, folders: dict[str, Path], tmp_path: Path, capsys) -> None:
     part, expected = FOREIGN[kind]
     teacher = shutil.copytree(folders["sd15"], tmp_path / "teacher")
-    index = {"_class_name": "FluxPipeline", part: ["diffusers", kind], "scheduler": ["diffusers", "DDIMScheduler"]}
+    index = {
+        "_class_name": "HiDreamImagePipeline",
+        part: ["diffusers", kind],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     (teacher / "model_index.json").write_text(json.dumps(index))
     given = ["configs/scenes/dmd2.yaml", f"model.teacher={teacher}", f"--out={tmp_path / 'runs'}"]
     assert expected in refused(capsys, "train", *given)

@@ -200,8 +200,10 @@ def test_weights_that_are_no_safetensors_are_never_opened(tmp_path: Path) -> Non
 
 
 def test_other_pipelines_are_refused_by_name(tmp_path: Path) -> None:
-    folder = rewritten(saved("sd15", tmp_path), _class_name="FluxPipeline")
-    with pytest.raises(UserError, match="no codec for the pipeline 'FluxPipeline': it can use StableDiffusionPipe"):
+    folder = rewritten(saved("sd15", tmp_path), _class_name="HiDreamImagePipeline")
+    with pytest.raises(
+        UserError, match="no codec for the pipeline 'HiDreamImagePipeline': it can use StableDiffusionPipe"
+    ):
         open_codec(str(folder))
     with pytest.raises(UserError, match="there is no teacher at nowhere"):
         open_codec("nowhere")

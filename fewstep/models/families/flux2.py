@@ -40,6 +40,10 @@ class _Squares(Codec):
     def unpacked(self, latents, shape):
         return _row_by_row(latents, shape)
 
+    def scattered(self, noise):
+        rows, channels, height, width = noise.shape
+        return _row_by_row(noise.view(rows, height * width, channels), (channels, height, width))
+
     def time_shift(self, scheduler, shape):
         return self.time_shift_in(scheduler, shape, _STEPS)
 
