@@ -32,7 +32,8 @@ def triad() -> Triad:
 
 def of(networks: Triad, **changes: Any) -> Objective:
     matching = changes.pop("matching", dmd2.Config(gan_weight=0.0, ratio=1))
-    found = Objective(Config(**{"warmup": 0, "consistency": 1.0, "matching": matching, **changes}), networks, one_step())
+    config = Config(**{"warmup": 0, "consistency": 1.0, "matching": matching, **changes})
+    found = Objective(config, networks, one_step())
     found.attach(torch.zeros(2, 32), Condition())
     return found
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep.config import SaveConfig
+from fewstep.core.errors import UserError
+
 QUICK = [
     "steps=14",
     "batch=4",
@@ -78,16 +81,23 @@ def test_killed_and_resumed_is_bit_exact(step: int, whole: Path, tiny_teacher: P
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_signals_save_first_and_say_where(number: signal.Signals, tiny_teacher: Path, tmp_path: Path) -> None:
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command(tiny_teacher, tmp_path, "steps=5000"), stdout=pipe, stderr=pipe, text=True)
+    given = command(tiny_teacher, tmp_path, "steps=5000", "save.grace=0.001")
+    process = subprocess.Popen(given, stdout=pipe, stderr=pipe, text=True)
     wait_for_step(tmp_path, 4)
     process.send_signal(number)
     said, errors = process.communicate(timeout=60)
     last = sorted((run_folder(tmp_path) / "checkpoints").glob("0*"))[-1]
     assert process.returncode == 0
     assert f"stopped by {number.name}; saved in {last}" in said
+    assert said.count("together more than save.grace=0.001") == 1
     assert said.rstrip().endswith(f"--out={tmp_path} --resume {run_folder(tmp_path)}")
     assert "Traceback" not in errors
     assert json.loads((last / "manifest.json").read_text())["step"] == int(last.name)
+
+
+def test_a_grace_is_a_time() -> None:
+    with pytest.raises(UserError, match=r"save\.grace is a number of seconds above 0, but -1"):
+        SaveConfig(grace=-1)
 
 
 def test_damaged_checkpoint_is_refused_and_the_one_before_offered(whole: Path, tiny_teacher: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import Condition
@@ -10,8 +11,17 @@ from fewstep.models.codec import Codec
 from fewstep.models.family import Family, linearly, middle
 
 
+class _Full(Tensor):
+    """A mask that is only shaped, for a network that asks how long each text is."""
+
+    def sum(self, *args: object, **kwargs: object) -> Tensor:
+        return torch.full((len(self),), self.shape[1], device="cpu")
+
+
 def _call(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
     texts, mask = cond.inputs["encoder_hidden_states"], cond.inputs["encoder_attention_mask"].long()
+    if mask.is_meta:
+        mask = mask.as_subclass(_Full)
     return -net(x, 1 - timestep / 1000, texts, mask, return_dict=False)[0]
 
 
