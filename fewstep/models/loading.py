@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.models import hub
 from fewstep.models.experts import TimeExperts
@@ -24,6 +24,7 @@ DENOISERS = ("unet", "transformer")
 FORMER = ("Transformer2DModel",)
 """Names under which several classes were published; diffusers itself tells them apart, by their configs."""
 _ROOT = Path(__file__).resolve().parents[2]
+_LONGEST = 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Loaded:
 
 def locate(source: str) -> Path:
     """`source` as a path from here, or else from the root of the repository, where the built-in assets lie."""
+    if len(source) > _LONGEST or "\0" in source:
+        raise UserError(f"{reading.shown(source, 80)} is no path of a file or folder: it is too long or holds a NUL")
     return Path(source) if Path(source).exists() or not (_ROOT / source).exists() else _ROOT / source
 
 
@@ -56,12 +59,9 @@ def _published(name: str) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the model folder is not whole") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read (it holds no keys and values): the model folder is not whole")
-    return value
+        return reading.described(path)
+    except UserError as error:
+        raise UserError(f"{error}: the model folder is not whole") from None
 
 
 def _shaping(buffers: bool) -> AbstractContextManager[Any]:
@@ -214,8 +214,16 @@ def weight_files(source: str, revision: str | None = None) -> dict[str, list[Pat
 
 def _weight_files(place: Pipeline, part: str | None) -> list[Path]:
     index = _file(place, part, SAFE_WEIGHTS_INDEX_NAME)
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index else [SAFETENSORS_WEIGHTS_NAME]
+    names = _shards(index) if index else [SAFETENSORS_WEIGHTS_NAME]
     return [file for name in names if (file := _file(place, part, name)) is not None]
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names. Raises UserError for one that lies anywhere else."""
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(map(reading.is_name, files.values())):
+        raise UserError(f"{index} cannot be read (its weight_map names no files beside it): give a whole folder")
+    return sorted(set(files.values()))
 
 
 def _file(pipeline: Pipeline, part: str | None, name: str) -> Path | None:
@@ -242,29 +250,44 @@ def denoiser(pipeline: Pipeline, weights: bool = True, buffers: bool = False) ->
         )
         for part in pipeline.parts
     ]
-    scheduler_class = getattr(diffusers, pipeline.class_of("scheduler") or "?", None)
+    kind = scheduler_class(pipeline.class_of("scheduler"))
     if pipeline.class_of("scheduler") == "FewStepScheduler":
         raise UserError(
             f"the pipeline at {pipeline.source} carries the scheduler of its own few steps: sample its run folder, or "
             "open it with diffusers as its README.md says"
         )
-    if scheduler_class is None:
+    if kind is None:
         raise UserError(f"the pipeline at {pipeline.source} has no scheduler that diffusers knows")
     net = _together(nets, *pipeline.bounds) if pipeline.bounds else nets[0]
-    return Loaded(net, pretrained(scheduler_class, pipeline.source, subfolder="scheduler", **pipeline.where))
+    return Loaded(net, pretrained(kind, pipeline.source, subfolder="scheduler", **pipeline.where))
+
+
+def scheduler_class(name: object) -> Any:
+    """The scheduler that diffusers has under that name, None for any other part of it."""
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) else None
 
 
 def shape_of(pipeline: Pipeline, part: str) -> nn.Module:
     """The VAE or a text encoder of a pipeline on the meta device. Raises UserError with its library's reason."""
     library, name = pipeline.index[part]
     if library == "diffusers":
-        return pretrained(getattr(diffusers, name), pipeline.source, weights=False, subfolder=part, **pipeline.where)
+        kind = _part_class(pipeline, diffusers, name, nn.Module)
+        return pretrained(kind, pipeline.source, weights=False, subfolder=part, **pipeline.where)
     import transformers  # only shapes of text encoders are made here
 
-    kind = getattr(transformers, name)
+    kind = _part_class(pipeline, transformers, name, transformers.PreTrainedModel)
     config = pretrained(kind.config_class, pipeline.source, subfolder=part, **pipeline.where)
     with torch.device("meta"):
         return kind(config)
+
+
+def _part_class(pipeline: Pipeline, library: Any, name: str, kind: type) -> Any:
+    """The class of that name, a `kind`, in `library`. Raises UserError where there is none."""
+    found = getattr(library, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise UserError(f"the pipeline at {pipeline.source} names {name}, which {library.__name__} does not have")
+    return found
 
 
 def new(network: dict[str, Any], weights: bool = True, buffers: bool = False, key: str = "model.network") -> nn.Module:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -82,8 +82,15 @@ def load_lpips(path: Path, side: int = SIDE) -> Lpips:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there are no weights of LPIPS at {path}: fetch them once, or use another distance")
+    if path.suffix == ".safetensors":
+        return reading.tensors(path)
+    reading.unpacks(path)
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from None
-    return {name: value for name, value in dict(state).items() if isinstance(value, Tensor)}
+        state = torch.load(path, "cpu", weights_only=True)
+    except Exception:  # its advice is to let the file run its code
+        raise UserError(
+            f"{path} cannot be read as weights: it holds more than tensors, or is damaged; nothing of it was run"
+        ) from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} cannot be read as weights: it holds no names and tensors")
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -10,15 +10,12 @@ from fewstep.models.families import (
     aura_flow,
     chroma,
     cogvideox,
-    cogview,
     dit,
     flux,
     flux2,
-    hunyuan_dit,
     hunyuan_video,
     ltx,
     lumina2,
-    mochi,
     pixart,
     qwen_image,
     sana,
@@ -35,8 +32,6 @@ PROMPTED = (
     stable_diffusion,
     stable_diffusion_3,
     pixart,
-    hunyuan_dit,
-    cogview,
     sana,
     aura_flow,
     lumina2,
@@ -49,7 +44,6 @@ PROMPTED = (
     cogvideox,
     ltx,
     hunyuan_video,
-    mochi,
 )
 
 FAMILIES: dict[str, Family] = {name: row for family in (*LABELLED, *PROMPTED) for name, row in family.ROWS.items()}

@@ -17,15 +17,12 @@ from fewstep.models.tiny import (
     aura_flow,
     chroma,
     cogvideox,
-    cogview,
     dit,
     flux,
     flux2,
-    hunyuan_dit,
     hunyuan_video,
     ltx,
     lumina2,
-    mochi,
     pixart,
     qwen_image,
     sana,
@@ -40,8 +37,6 @@ _FILES: tuple[Any, ...] = (
     stable_diffusion,
     stable_diffusion_3,
     pixart,
-    hunyuan_dit,
-    cogview,
     sana,
     aura_flow,
     lumina2,
@@ -54,7 +49,6 @@ _FILES: tuple[Any, ...] = (
     cogvideox,
     ltx,
     hunyuan_video,
-    mochi,
 )
 
 MAKERS: dict[str, Callable[..., Any]] = {name: maker for file in _FILES for name, maker in file.MAKERS.items()}

@@ -16,12 +16,12 @@ def aura_flow() -> Any:
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_mmdit_layers=2,
+        num_mmdit_layers=1,
         num_single_dit_layers=3,
-        attention_head_dim=24,
+        attention_head_dim=12,
         num_attention_heads=2,
         joint_attention_dim=16,
-        caption_projection_dim=48,
+        caption_projection_dim=24,
         pos_embed_max_size=64,
     )
     return diffusers.AuraFlowPipeline(

@@ -1,9 +1,0 @@
-"""CogView 3 Plus and CogView 4."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
-MAKERS: dict[str, Callable[..., Any]] = {}
-STANDS_FOR: dict[str, str] = {}
