@@ -3,7 +3,8 @@
     python tools/family_table.py [--only sdxl wan] [--out assets/benchmarks/families.json]
 
 Tiny random networks, offline, on one thread; the cells are tests/family_cells.py. With --only the other rows of the
-file stay as they are. assets/families/README.md is written from it, and from what `fewstep families` prints.
+file stay as they are; `--only` alone measures nothing. assets/families/README.md is written from it, and from what
+`fewstep families` prints.
 """
 
 from __future__ import annotations
@@ -79,12 +80,13 @@ def page(stored: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--only", nargs="*", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--out", type=Path, default=Path("assets/benchmarks/families.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        two_processes(Path(folder), args.only)
+        if args.only:
+            two_processes(Path(folder), args.only)
         made = {family: row(Bench(family, Path(folder))) for family in args.only}
     stamp = {
         "commit": subprocess.run(

@@ -9,6 +9,7 @@ import pytest
 
 from tests.family_cells import CELLS, REFUSED, SHARDED, Bench, two_processes
 from tests.family_runs import FAMILIES
+from tools import family_table
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,8 @@ def test_the_table_that_is_shown_has_every_cell_and_none_failed() -> None:
     for family in FAMILIES:
         assert list(shown[family]["cells"]) == [*CELLS, *SHARDED]
         assert not [cell for cell, found in shown[family]["cells"].items() if found.startswith("FAILED")]
+
+
+def test_the_page_is_made_from_what_stands() -> None:
+    stored = json.loads(Path("assets/benchmarks/families.json").read_text())["families"]
+    assert family_table.PAGE.read_text() == family_table.page(stored)

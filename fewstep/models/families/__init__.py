@@ -16,6 +16,7 @@ from fewstep.models.families import (
     hunyuan_video,
     ltx,
     lumina2,
+    ovis_image,
     pixart,
     qwen_image,
     sana,
@@ -44,6 +45,7 @@ PROMPTED = (
     cogvideox,
     ltx,
     hunyuan_video,
+    ovis_image,
 )
 
 FAMILIES: dict[str, Family] = {name: row for family in (*LABELLED, *PROMPTED) for name, row in family.ROWS.items()}

@@ -23,6 +23,7 @@ from fewstep.models.tiny import (
     hunyuan_video,
     ltx,
     lumina2,
+    ovis_image,
     pixart,
     qwen_image,
     sana,
@@ -49,6 +50,7 @@ _FILES: tuple[Any, ...] = (
     cogvideox,
     ltx,
     hunyuan_video,
+    ovis_image,
 )
 
 MAKERS: dict[str, Callable[..., Any]] = {name: maker for file in _FILES for name, maker in file.MAKERS.items()}

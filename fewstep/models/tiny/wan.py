@@ -23,15 +23,19 @@ def _transformer() -> Any:
     )
 
 
-def wan(scheduler: Any = None, experts: bool = False) -> Any:
+def wan(scheduler: Any = None, experts: bool = False, token_times: bool = False) -> Any:
+    """With `token_times`, the VAE and the times of the 5 B model, whose pipeline tells every token its own."""
+    halved = [True, True] if token_times else [False, True, True]
+    squares = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "is_residual": True} if token_times else {}
     vae = diffusers.AutoencoderKLWan(
         base_dim=3,
         z_dim=4,
-        dim_mult=[1, 1, 1, 1],
+        dim_mult=[1] * (len(halved) + 1),
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
+        temperal_downsample=halved,
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[0.4, 0.6, 0.2, 0.3],
+        **squares,
     )
     return diffusers.WanPipeline(
         tokenizer=byte_tokenizer(),
@@ -41,12 +45,14 @@ def wan(scheduler: Any = None, experts: bool = False) -> Any:
         transformer_2=_transformer() if experts else None,
         boundary_ratio=0.875 if experts else None,
         scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        expand_timesteps=token_times,
     )
 
 
-MAKERS = {"wan": wan, "wan22": lambda: wan(experts=True)}
+MAKERS = {"wan": wan, "wan22": lambda: wan(experts=True), "wan22_5b": lambda: wan(token_times=True)}
 STANDS_FOR = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "wan",
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "wan22",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "wan22_5b",
 }
