@@ -75,8 +75,7 @@ def build_run(
 ) -> Run:
     """A run of a family; `players` are changes to those that learn, by default a generator and a critic."""
     with processes.leader_first():
-        file = write(family, folder, objective, players, **model)
-    (one,) = config.load(file)
+        (one,) = config.load(write(family, folder, objective, players, **model))
     with patch.object(PromptSource, "has_images", True):  # `batch` makes them
         return build.build(one) if processes.size() == 1 else from_shards.build(one)
 
