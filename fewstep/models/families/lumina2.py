@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.core.batch import Condition
 from fewstep.models import schedulers
 from fewstep.models.codec import Codec
 from fewstep.models.family import Family, linearly, middle
+from fewstep.models.shaped import is_unknown
 
 
-class _Full(Tensor):
-    """A mask that is only shaped, for a network that asks how long each text is."""
-
-    def sum(self, *args: object, **kwargs: object) -> Tensor:
-        return torch.full((len(self),), self.shape[1], device="cpu")
+class _Lengths(list[int]):
+    tolist = list.copy
 
 
 def _call(net: nn.Module, x: Tensor, timestep: Tensor, cond: Condition) -> Tensor:
     texts, mask = cond.inputs["encoder_hidden_states"], cond.inputs["encoder_attention_mask"].long()
-    if mask.is_meta:
-        mask = mask.as_subclass(_Full)
+    if is_unknown(mask):
+        # The network asks how long each text is, which a mask that is only shaped does not know: all of it.
+        mask.sum = lambda dim: _Lengths([mask.shape[dim]] * len(mask))  # type: ignore[method-assign, assignment]
     return -net(x, 1 - timestep / 1000, texts, mask, return_dict=False)[0]
 
 
