@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewstep.core.errors import SaidOnce, UserError
+from fewstep.core.errors import Lost, SaidOnce, UserError
 from fewstep.sampling_arguments import add_arguments, add_base_first, add_choice, step
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def train(args: argparse.Namespace) -> None:
     from fewstep import build, finish, runner
-    from fewstep.train import processes
+    from fewstep.train import lock, processes
     from fewstep.train.interrupts import Interrupts, Stopped
 
     configs = _configs(args)
@@ -33,16 +33,19 @@ def train(args: argparse.Namespace) -> None:
             _furnish(args, configs, Path(folder))
             finish.dry_run(configs)
         return
-    with processes.started(build.pick_device(configs[0].device)), Interrupts() as interrupts:
-        root, resume = processes.from_leader(lambda: _place(args, configs[0].name))
-        _furnish(args, configs, root)
-        if processes.leads():
-            print(f"run folder: {root}")
-        try:
-            runner.play(configs, root, resume, finish.finish, interrupts)
-        except Stopped:
+    with processes.started(build.pick_device(configs[0].device), configs[0].timeout), Interrupts() as interrupts:
+        root = processes.from_leader(lambda: _place(args, configs[0].name)[0])
+        with lock.held(root):
+            # Only now nobody else adds to what is there, or takes from it.
+            resume = processes.from_leader(lambda: None if args.resume is None else _place(args, configs[0].name)[1])
+            _furnish(args, configs, root)
             if processes.leads():
-                print(_farewell(args, interrupts.asked or "another process", root, configs[0].name))
+                print(f"run folder: {root}")
+            try:
+                runner.play(configs, root, resume, finish.finish, interrupts)
+            except Stopped:
+                if processes.leads():
+                    print(_farewell(args, interrupts.asked or "another process", root, configs[0].name))
 
 
 def _farewell(args: argparse.Namespace, by: str, root: Path, name: str) -> str:
@@ -321,12 +324,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("xformers").setLevel(logging.ERROR)
     # diffusers warns of every old scheduler and every cast; what matters of that is a UserError here.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Of a connection that has ended torch's own log has a page, and fewstep a sentence.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args = _parse(arguments)
     try:
         return args.call(args) or 0
     except UserError as error:
         if not (_process() and isinstance(error, SaidOnce)):
             print(f"fewstep{_process()}: {error}", file=sys.stderr)
+        if isinstance(error, Lost):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         return 2
     except KeyboardInterrupt:
         print("fewstep: interrupted", file=sys.stderr)

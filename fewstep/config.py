@@ -278,6 +278,9 @@ class Config:
     device: str = "auto"
     """auto | cpu | cuda"""
     model: ModelConfig = field(default_factory=ModelConfig)
+    timeout: float = 600.0
+    """seconds after which the processes of a run stop where one of them is lost, or does not come where the others
+    wait: more than the leader takes for the longest thing it does alone, such as writing a checkpoint"""
     start: dict[str, str] = field(default_factory=dict)
     """role -> where its weights start: teacher | previous.generator | previous.fake_score | a run or model folder"""
     objective: dict[str, Any] = field(default_factory=dict)
@@ -295,6 +298,8 @@ class Config:
         if self.steps < 1 or self.batch < 1 or self.micro_batches < 1:
             raise UserError("steps, batch and micro_batches are at least 1")
         if not re.fullmatch(r"[\w.-]+", self.name):
+        if not self.timeout >= 1:
+            raise UserError(f"timeout is a number of seconds of at least 1, but {self.timeout} was given")
             raise UserError(f"name becomes part of a folder's name: use letters, digits, . - and _, not '{self.name}'")
         if self.batch % self.micro_batches:
             raise UserError(f"batch {self.batch} cannot be split into {self.micro_batches} equal micro_batches")

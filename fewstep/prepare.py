@@ -10,6 +10,7 @@ from fewstep import build, config
 from fewstep.config import Config
 from fewstep.made import refuse_other
 from fewstep.runner import tell_skipped
+from fewstep.train import lock
 
 
 def prepare(file: Path, overrides: Sequence[str], out: Path | None) -> None:
@@ -20,6 +21,16 @@ def prepare(file: Path, overrides: Sequence[str], out: Path | None) -> None:
     """
     stages = config.load(file, overrides)
     folder = out or Path(stages[0].data.prepared or f"prepared/{stages[0].name}")
+    with lock.held(folder):
+        made = _fill(stages, folder)
+    if made:
+        print(f"made in {folder}: train with data.prepared={folder}")
+    else:
+        print(f"the training of {stages[0].name} reads nothing that can be made before")
+
+
+def _fill(stages: Sequence[Config], folder: Path) -> list[Path]:
+    """Makes what the stages read; the folders in which something lies for them."""
     earlier: list[Path] = []
     for i, stage in enumerate(stages, 1):
         run = build.build(_alone(stage))
@@ -35,10 +46,7 @@ def prepare(file: Path, overrides: Sequence[str], out: Path | None) -> None:
         if new:
             tell_skipped(getattr(run.source, "skipped", {}), place)
             earlier.append(place)
-    if earlier:
-        print(f"made in {folder}: train with data.prepared={folder}")
-    else:
-        print(f"the training of {stages[0].name} reads nothing that can be made before")
+    return earlier
 
 
 def _alone(stage: Config) -> Config:

@@ -190,6 +190,7 @@ _CHANGEABLE = (
     "steps",
     "micro_batches",
     "device",
+    "timeout",
     "players.",
     "evals.",
     "save.",

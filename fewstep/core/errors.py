@@ -9,6 +9,10 @@ class SaidOnce(UserError):
     """All processes of a run raise it alike; the command line says it in the first one alone."""
 
 
+class Lost(UserError):
+    """Another process of this run is lost. Libraries may still wait for it: who says it ends the process at once."""
+
+
 def sentence(error: Exception) -> str:
     """The lines of an omegaconf error as one, without its type trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -29,7 +29,10 @@ def mesh(device: torch.device) -> Any:
     """The mesh of all processes: sharded inside a machine, replicated over machines."""
     inside = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size()))
     shape = (processes.size() // inside, inside)
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    made = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    for name in ("replicate", "shard"):
+        processes.hold_to_time(made.get_group(name))
+    return made
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,28 +18,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep.core.errors import UserError
+from fewstep.core.errors import Lost, UserError
+from fewstep.train.watch import Watch
 
 T = TypeVar("T")
 
-# The others wait while the leader makes a teacher's pairs; one that dies is noticed by the launcher, not by this.
-_PATIENCE = timedelta(hours=6)
+_patience = timedelta(minutes=10)
 
 
 @contextmanager
-def started(device: torch.device) -> Iterator[None]:
-    """Joins the processes that the environment tells of (WORLD_SIZE, RANK, ..), by nccl on CUDA and gloo on CPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def started(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
+    """Joins the processes that the environment tells of (WORLD_SIZE, RANK, ..), by nccl on CUDA and gloo on CPU.
+
+    Raises Lost, which names the process and what has become of it, where one lets the others wait for `timeout` s.
+    """
+    global _patience
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) == 1:
         yield
         return
-    cuda = device.type == "cuda"
+    cuda, rank = device.type == "cuda", int(os.environ["RANK"])
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    # The store of torchrun outlives an attempt that has failed, and what that has written there.
+    lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if lent else None
+    watch = Watch(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, count, timeout, attempt)
+    _patience = timedelta(seconds=watch.patience)
     try:
-        yield
+        with watch:
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=_patience, store=watch.place, rank=rank, world_size=count)
+            yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized() and not isinstance(sys.exception(), Lost):
+            dist.destroy_process_group()
+
+
+def hold_to_time(group: Any) -> None:
+    """Gives a group of processes the patience of the run: torch gives those of a mesh one of its own."""
+    # The public name is newer than the oldest torch that is allowed.
+    (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(_patience, group)
 
 
 def size() -> int:
@@ -137,4 +156,5 @@ def _digest(content: bytes) -> str:
 def _source() -> str:
     """The SHA-256 of the package's Python files."""
     package = Path(__file__).parents[1]
-    return _digest(b"".join(file.read_bytes() for file in sorted(package.rglob("*.py"))))
+    files = sorted(package.rglob("*.py"))
+    return _digest(b"".join(f"{file.relative_to(package)}\n".encode() + file.read_bytes() for file in files))

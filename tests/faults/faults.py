@@ -22,18 +22,37 @@ PHASES = ("pairs", "step", "evaluation", "checkpoint", "export")
 
 
 def install(fault: dict[str, Any], counted: Path) -> None:
-    """Nothing, {"phase": .., "call": .., "signal": ..} or {"site": .., "root": .., ..}; see the classes below."""
-    if "site" in fault:
+    """Nothing, {"phase": .., "call": .., "signal": ..} or {"site": .., "root": .., ..}; see the classes below.
+
+    {"source": folder}: the source of the package is taken to lie there.
+    """
+    if "source" in fault:
+        from fewstep.train import processes
+
+        processes.__file__ = str(Path(fault["source"]) / "train" / "processes.py")
+    elif "site" in fault:
         Sites(counted, **fault)
     elif fault:
         Calls(counted, **fault)
 
 
 class Calls:
-    """Counts calls phase by phase into the file `counted`; at the call asked for it sends the process a signal."""
+    """Counts calls phase by phase into the file `counted`; at the call asked for it sends the process a signal.
 
-    def __init__(self, counted: Path, signal: int = 0, phase: str = "", call: int = -1, twice: float | None = None):
+    `hang`: there it sleeps for so many seconds, and gets no signal.
+    """
+
+    def __init__(
+        self,
+        counted: Path,
+        signal: int = 0,
+        phase: str = "",
+        call: int = -1,
+        twice: float | None = None,
+        hang: float = 0.0,
+    ):
         self.file, self.number, self.wanted, self.call, self.twice = counted, signal, phase, call, twice
+        self.hang = hang
         self.phases, self.calls = list[str](), Counter[str]()
         self.place()
 
@@ -76,6 +95,9 @@ class Calls:
         if phase == self.wanted and self.calls[phase] == self.call:
             sys.setprofile(None)
             self.note([frame.f_code.co_name, str(given)[:80]])
+            if self.hang:
+                time.sleep(self.hang)
+                return
             os.kill(os.getpid(), self.number)
             if self.twice is not None:
                 time.sleep(self.twice)
