@@ -22,9 +22,9 @@ def test_what_was_padded_is_shortened_to_the_longest() -> None:
     assert mask.shape == (2, 4) and torch.equal(texts[1], rows[1]) and texts[0].sum() == rows[0].sum()
 
 
-@pytest.mark.parametrize("family", ["qwen_image", "z_image"])
-def test_a_plan_takes_texts_as_long_as_they_may_be(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family, most", [("qwen_image", 512), ("z_image", 512), ("lumina2", 256)])
+def test_a_plan_takes_texts_as_long_as_they_may_be(family: str, most: int, tmp_path: Path) -> None:
     (one,) = config.load(family_runs.write(family, tmp_path, {"name": "dmd2", "gan_weight": 0.0}, None))
     foreseen, run = plan.foresee(plan.Setting(one))
-    assert run.conditions.of(torch.arange(2)).inputs["encoder_hidden_states"].shape[:2] == (2, 512)
+    assert run.conditions.of(torch.arange(2)).inputs["encoder_hidden_states"].shape[:2] == (2, most)
     assert foreseen.peak > account(build.build(one), range(2)).peak
