@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +75,7 @@ def arguments(folder: Path, out: str, timeout: float, *more: str) -> list[str]:
 
 def launch(server: Server, given: Sequence[list[str]], faulty: int, fault: Mapping[str, Any], timeout: float) -> Group:
     """One process for each list of arguments."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = str(taken.getsockname()[1])
+    port = free_port()
     count = str(len(given))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     commands = [
@@ -149,3 +151,128 @@ def other_source(folder: Path) -> Path:
     with (copy / "core" / "draw.py").open("a") as file:
         file.write("# changed\n")
     return copy
+
+
+def unlike(server: Server, folder: Path, timeout: float) -> dict[str, Group]:
+    """Runs of two processes of which the second has another config, other source, or never comes."""
+    slower, mistaken = "players.generator.lr=2e-5", "steps=none"
+    groups = {}
+    for what, more, fault in (
+        ("config", [slower], {}),
+        ("source", [], {"source": str(other_source(folder))}),
+        ("away", [mistaken], {}),
+    ):
+        own = arguments(folder, what, timeout)
+        groups[what] = launch(server, [own, [*own, *more]], 1, fault, timeout)
+    return groups
+
+
+UNLIKE = {
+    "config": "the processes of this run differ in their config: 1 from 0",
+    "source": "the processes of this run differ in their package source: 1 from 0",
+    "away": r"of the 2 processes of this run process 1 did not come within timeout=[\d.]+ s",
+}
+
+
+def refused(group: Group, pattern: str) -> list[str]:
+    """What is wrong with how a run ended whose second process should not have been part of it."""
+    leader, other = (one.done() for one in group.commands)
+    wrong = unclear(leader, pattern) + ([] if other.code == 2 else [f"the other ended with {other.code}"])
+    late = leader.seconds > group.timeout + 10  # to start takes a while, too
+    return wrong + ([f"it took {leader.seconds:.0f} s"] if late else [])
+
+
+def full_disk(server: Server, folder: Path, timeout: float) -> list[str]:
+    """What is wrong when the leader alone meets a full disk: the other repeats its sentence."""
+    fault = {"site": "checkpoints/.0000002.partial/state.safetensors", "root": str(folder / "full")}
+    group = launch(server, [arguments(folder, "full", timeout)] * 2, 0, fault, timeout)
+    leader, other = (one.done() for one in group.commands)
+    said = leader.sentence.partition(": ")[2]
+    return unclear(leader, "No space left on device") + unclear(other, f"process 0 has stopped: {re.escape(said)}")
+
+
+def by_torchrun(folder: Path, number: signal.Signals, rank: int, timeout: float) -> tuple[list[str], float]:
+    """What is wrong when a process that torchrun has started is killed or stopped, and the seconds until the end."""
+    out = f"torchrun_{number.name}_{rank}"
+    asked = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    asked += ["-m", "fewstep.cli", *arguments(folder, out, timeout, "steps=100000")]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / f"{out}.said").open("w") as said:
+        agent = subprocess.Popen(asked, cwd=ROOT, env=settings, stdout=said, stderr=said, start_new_session=True)
+    try:
+        await_steps(folder / out, 3)
+        victim = next(pid for pid in session(agent.pid) if f"\0RANK={rank}\0" in environment(pid))
+        began = time.monotonic()
+        os.kill(int(victim), number)
+        code = agent.wait(timeout + 60)  # torchrun gives the stopped one half a minute
+        seconds = time.monotonic() - began
+    finally:
+        left = session(agent.pid)
+        for pid in left:
+            os.kill(int(pid), signal.SIGKILL)
+    text = (folder / f"{out}.said").read_text(errors="replace")
+    wrong = [f"{pid} is left" for pid in left] + ([] if code else ["torchrun ended as if nothing had been"])
+    if not re.search(rf"fewstep[^:\n]*: process {rank} (has gone|did not answer)", text):
+        wrong.append(f"no sentence: {text[-2000:]}")
+    return wrong, seconds
+
+
+def free_port() -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
+
+
+def await_steps(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(len(log.read_text().splitlines()) >= count for log in out.glob("*/log.jsonl")):
+        assert time.monotonic() < deadline, f"no step in {out}"
+        time.sleep(0.1)
+
+
+def environment(pid: str) -> str:
+    try:
+        return "\0" + Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+ROUNDS = ((STEP, 0, 2), (EVALUATION, 1, 2), (SAVING, 0, 2), (STEP, 1, 3))
+"""where a process is lost, which one, and of how many"""
+
+
+def soak(folder: Path, timeout: float = 20.0) -> dict[str, Any]:
+    """Every kind of loss in several phases, by itself and by torchrun. Raises AssertionError where one is not met."""
+    faults: list[str] = []
+    took: dict[str, list[float]] = {}
+    with Server() as server:
+        for (name, call), faulty, count in ROUNDS:
+            losses = kinds((name, call))
+            groups = {
+                kind: start(server, folder, f"{kind}_{name}_{faulty}_{count}", count, faulty, loss, timeout)
+                for kind, loss in losses.items()
+            }
+            for kind, group in groups.items():
+                wrong, seconds = judge(group, losses[kind])
+                took.setdefault(kind, []).append(round(seconds, 1))
+                faults += [f"{kind} in {name}: {one}" for one in wrong]
+                print(
+                    f"{kind} in {name}, {faulty} of {count}: {seconds:.1f} s, {wrong or 'as it should be'}", flush=True
+                )
+        for what, group in unlike(server, folder, timeout).items():
+            faults += [f"{what}: {one}" for one in refused(group, UNLIKE[what])]
+        faults += [f"full disk: {one}" for one in full_disk(server, folder, timeout)]
+    for number, rank in ((signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 0)):
+        wrong, seconds = by_torchrun(folder, number, rank, timeout)
+        took.setdefault(f"torchrun, {number.name}", []).append(round(seconds, 1))
+        faults += [f"torchrun, {number.name} of {rank}: {one}" for one in wrong]
+        print(f"torchrun, {number.name} of {rank}: {seconds:.1f} s, {wrong or 'as it should be'}", flush=True)
+    figures = {
+        "timeout": timeout,
+        "losses": sum(map(len, took.values())),
+        "seconds_until_all_others_have_ended": took,
+        "with_something_else": len(UNLIKE) + 1,
+        "not_as_promised": len(faults),
+    }
+    assert not faults, (figures, faults)
+    return figures

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+
+import pytest
 
 from tests.faults import ranks
 from tests.faults.harness import Server
 
-SHORT = 12.0
-"""seconds of `timeout`: the run does what takes milliseconds in turn, on a machine that may be busy"""
+SHORT = 10.0
+"""seconds of `timeout`, on a machine that may be busy"""
 
 
 def test_killed_stopped_or_hung_it_is_named_in_time(server: Server, tmp_path: Path) -> None:
@@ -20,3 +23,19 @@ def test_killed_stopped_or_hung_it_is_named_in_time(server: Server, tmp_path: Pa
     }
     found = {case: ranks.judge(group, losses[case[0]])[0] for case, group in groups.items()}
     assert found == {case: [] for case in groups}
+
+
+def test_with_another_config_or_source_or_away_it_is_refused(server: Server, tmp_path: Path) -> None:
+    groups = ranks.unlike(server, tmp_path, SHORT)
+    found = {what: ranks.refused(group, ranks.UNLIKE[what]) for what, group in groups.items()}
+    assert found == {what: [] for what in groups}
+
+
+def test_what_stops_the_leader_alone_is_said_by_all(server: Server, tmp_path: Path) -> None:
+    assert ranks.full_disk(server, tmp_path, SHORT) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["SIGKILL", "SIGSTOP"])
+def test_torchrun_leaves_no_process_behind(number: signal.Signals, tmp_path: Path) -> None:
+    assert ranks.by_torchrun(tmp_path, number, 1, SHORT)[0] == []
