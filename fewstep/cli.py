@@ -313,6 +313,13 @@ def _process() -> str:
     return "" if rank == "0" else f" (process {rank})"
 
 
+def _on_a_terminal(said: str) -> str:
+    """A sentence that may hold what a file says: no mark of it is a command to the terminal."""
+    from fewstep.reading import shown
+
+    return shown(said, 4000)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 for a mistake of the user's (one sentence on stderr).
 
@@ -331,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return args.call(args) or 0
     except UserError as error:
         if not (_process() and isinstance(error, SaidOnce)):
-            print(f"fewstep{_process()}: {error}", file=sys.stderr)
+            print(f"fewstep{_process()}: {_on_a_terminal(str(error))}", file=sys.stderr)
         if isinstance(error, Lost):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fewstep import reading
 from fewstep.core.errors import UserError, sentence
 from fewstep.core.prediction import Kind
 from fewstep.models.attention import Attention
@@ -277,10 +278,10 @@ class Config:
     """parts a batch is split into, to save memory"""
     device: str = "auto"
     """auto | cpu | cuda"""
-    model: ModelConfig = field(default_factory=ModelConfig)
     timeout: float = 600.0
     """seconds after which the processes of a run stop where one of them is lost, or does not come where the others
     wait: more than the leader takes for the longest thing it does alone, such as writing a checkpoint"""
+    model: ModelConfig = field(default_factory=ModelConfig)
     start: dict[str, str] = field(default_factory=dict)
     """role -> where its weights start: teacher | previous.generator | previous.fake_score | a run or model folder"""
     objective: dict[str, Any] = field(default_factory=dict)
@@ -297,26 +298,26 @@ class Config:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.micro_batches < 1:
             raise UserError("steps, batch and micro_batches are at least 1")
-        if not re.fullmatch(r"[\w.-]+", self.name):
         if not self.timeout >= 1:
             raise UserError(f"timeout is a number of seconds of at least 1, but {self.timeout} was given")
+        if not re.fullmatch(r"[\w.-]+", self.name):
             raise UserError(f"name becomes part of a folder's name: use letters, digits, . - and _, not '{self.name}'")
         if self.batch % self.micro_batches:
             raise UserError(f"batch {self.batch} cannot be split into {self.micro_batches} equal micro_batches")
 
 
+_MOST_STAGES = 100
+
+
 def _read(path: Path) -> DictConfig:
-    if not path.is_file():
+    if not reading.there(path) or not path.is_file():
         near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))[:8]) if path.parent.is_dir() else ""
         raise UserError(f"there is no config file {path}" + (f": the folder has {near}" if near else ""))
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:
-        raise UserError(f"{path} is not a YAML file that can be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold keys and values at its top level")
+    loaded = OmegaConf.create(reading.settings(path))
     if "base" in loaded:
-        below = _read(path.parent / loaded.pop("base"))
+        if not isinstance(base := loaded.pop("base"), str):
+            raise UserError(f"{path}: base is the name of another config file, but {base} was given")
+        below = _read(path.parent / base)
         if "base" in below:
             raise UserError(f"{path}: the base of a config has no base of its own")
         loaded = _overlay(below, loaded)
@@ -345,6 +346,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
     stages = everywhere.pop("stages", given.pop("stages", None)) or [{}]
     if isinstance(stages, DictConfig):
         raise UserError("stages is a list: override a key of one stage by stage_1.key=value")
+    if not all(isinstance(stage, dict | DictConfig) for stage in stages) or len(stages) > _MOST_STAGES:
+        raise UserError(f"{path}: stages is a list of at most {_MOST_STAGES} groups of keys, one for each stage")
     if beyond := [name for name in apart if not 1 <= int(name.removeprefix("stage_")) <= len(stages)]:
         raise UserError(f"the config has {len(stages)} stage(s), but {beyond[0]} was given")
     configs = []
@@ -365,6 +368,8 @@ def _split(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, DictConfig]]
     for override in overrides:
         if "=" not in override:
             raise UserError(f"'{override}' is not an override: write key=value, such as model.steps=4")
+        if "${" in override:
+            raise UserError(f"'{override}' holds ${{..}}: write the value out")
     try:
         given = OmegaConf.from_dotlist(list(overrides))
     except OmegaConfBaseException as error:
@@ -409,7 +414,7 @@ def to_yaml(config: Config) -> str:
 
 def differences(before: str, now: str) -> dict[str, str]:
     """What two complete configs, as `to_yaml` writes them, do not agree on: key -> "was .., is .."."""
-    old, new = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, now))
+    old, new = (_flat(reading.settings_in(text)) for text in (before, now))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return {key: f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys}
 

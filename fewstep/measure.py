@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep import reading
 from fewstep.build import Run, stock_scheduler
 from fewstep.config import FEWEST_SAMPLES
 from fewstep.core.batch import Condition
@@ -216,9 +216,8 @@ def truth_of(source: Source) -> Truth:
     if isinstance(source, SceneSource | CaptionedSource):
         stored = truth_file(source)
         record = stored.with_suffix(".json")
-        if record.exists() and json.loads(record.read_text())["reader_sha256"] == weights:
-            state = load_file(stored)
-            count = json.loads(record.read_text())["samples"]
+        if record.exists() and (known := reading.fields(record)).get("reader_sha256") == weights:
+            state, count = reading.tensors(stored), known["samples"]
             statistics = Statistics(state["mean"], state["covariance"], count)
             return Truth(statistics, state["features"].float(), state["labels"], f"{count} true scenes")
     features, labels = read_truth(source, TRUTH_SAMPLES)
@@ -289,10 +288,17 @@ def stored_row(run: Run, count: int) -> dict[str, Any] | None:
     record = folder / "evals.json"
     if run.config.model.lora is not None or not record.is_file():
         return None
-    stored = json.loads(record.read_text())
-    fits = stored.get("guidance") == run.config.model.guidance and stored["weights_sha256"] == weights_sha256(folder)
-    source = stored["resolution"] == run.config.data.resolution and run.config.data.source == "scenes"
-    return stored["rows"].get(str(count)) if fits and source else None
+    stored = reading.fields(record)
+    fits = stored.get("guidance") == run.config.model.guidance
+    fits = fits and stored.get("weights_sha256") == weights_sha256(folder)
+    source = stored.get("resolution") == run.config.data.resolution and run.config.data.source == "scenes"
+    if not (fits and source):
+        return None
+    rows = stored.get("rows")
+    row = rows.get(str(count)) if isinstance(rows, dict) else None
+    if not (row is None or isinstance(row, dict)):
+        raise UserError(f"{record} cannot be read: its row of {count} images is no row, so remove the file")
+    return row
 
 
 def weights_sha256(folder: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fewstep import build as building
-from fewstep import measure, sharded
+from fewstep import measure, reading, sharded
 from fewstep.build import Run
 from fewstep.config import Config, differences, to_yaml
 from fewstep.core.errors import SaidOnce, UserError
@@ -205,7 +205,8 @@ def check_resumed(config: Config, root: Path) -> None:
     stored = root / "config.yaml"
     if not stored.is_file():
         return
-    changed = differences(stored.read_text(), to_yaml(config))
+    reading.settings(stored)  # what cannot be read is named
+    changed = differences(reading.text(stored), to_yaml(config))
     if wrong := [said for key, said in changed.items() if not key.startswith(_CHANGEABLE)]:
         raise UserError(
             f"the run in {root} was started with other settings ({'; '.join(wrong)}): resume it with its own, or start "
@@ -281,9 +282,11 @@ def tell_skipped(skipped: Mapping[str, list[Path]], root: Path) -> None:
     listed = root / "skipped.txt"
     for why, files in skipped.items():
         more = f" and {len(files) - 5} more, see {listed}" if len(files) > 5 else ""
-        print(f"files {why} ({len(files)}): {', '.join(str(p) for p in files[:5])}{more}")
+        print(f"files {why} ({len(files)}): {', '.join(reading.shown(str(p), 300) for p in files[:5])}{more}")
     if skipped:
-        write_text(listed, "".join(f"{file}: {why}\n" for why, files in skipped.items() for file in files))
+        write_text(
+            listed, "".join(f"{reading.shown(str(file))}: {why}\n" for why, files in skipped.items() for file in files)
+        )
 
 
 def _good(folder: RunDir) -> str:

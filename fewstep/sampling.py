@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from fewstep import build, config, measure
+from fewstep import build, config, measure, reading
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.evals.grid import picture
@@ -42,6 +42,10 @@ _LATENTS_AT_ONCE = 4  # each becomes an image of a million pixels
 _COLUMNS = 20
 _TILE = 64
 _GAP = 4
+_WRITTEN = 300
+"""characters of a prompt that stand above its image"""
+_NAMED = 100
+"""bytes of a prompt that are part of the name of its file"""
 
 
 Asked = int | str
@@ -317,10 +321,9 @@ def _lines(path: Path) -> list[str]:
 
 def _read_text(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UserError(f"the prompts file {path} cannot be read: {reason}") from None
+        return [line.strip() for line in reading.text(path, reading.LINES).splitlines()]
+    except UserError as error:
+        raise UserError(f"the prompts file {error}") from None
 
 
 def labelled_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
@@ -354,7 +357,7 @@ def labelled_grid(images: Tensor, captions: Sequence[str], columns: int) -> Imag
 def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """`text` in lines of at most `width` pixels; a word that is too long is cut."""
     lines: list[str] = []
-    for word in text.split():
+    for word in reading.shown(text, _WRITTEN).split():
         while font.getlength(word) > width and len(word) > 2:
             word = word[:-2] + "…"
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -381,7 +384,7 @@ def _save_individually(images: Tensor, captions: Sequence[str], out: Path) -> Pa
     folder = out.with_suffix("")
     folder.mkdir(exist_ok=True)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        words = re.sub(r"[^\w]+", "-", caption).strip("-")
+        words = re.sub(r"[^\w]+", "-", caption[:_NAMED]).strip("-").encode()[:_NAMED].decode(errors="ignore")
         picture(image).save(folder / f"{i:05d}{'_' if words else ''}{words}.png")
     return folder
 

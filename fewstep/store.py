@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.train import processes
 from fewstep.train.checkpoint import sha256, write_state, write_text
@@ -59,10 +58,10 @@ class Store:
     def index(self) -> dict[str, Any] | None:
         """What is known of the folder, None where nothing can be."""
         try:
-            index = json.loads((self.folder / INDEX).read_text())
-        except (OSError, ValueError):
+            index = reading.fields(self.folder / INDEX)
+        except UserError:
             return None
-        known = isinstance(index, dict) and {"recipe", "count"} <= index.keys()
+        known = {"recipe", "count"} <= index.keys()
         return index if known and isinstance(index.get("shards"), dict) else None
 
     def ours(self) -> bool:
@@ -76,7 +75,7 @@ class Store:
             return False
         try:
             self.shards()
-        except (OSError, SafetensorError):
+        except UserError:
             return False
         return True
 
@@ -130,8 +129,17 @@ class Store:
         write_text(self.folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
 
     def shards(self) -> list[dict[str, Tensor]]:
-        """The tensors of each shard, mapped: they are read from disk where they are looked at."""
-        return [load_file(self.folder / name) for name in self.names()]
+        """The tensors of each shard, mapped: they are read from disk where they are looked at.
+
+        Raises UserError for a shard that is not there, or that does not fit the others.
+        """
+        shards = [reading.tensors(self.folder / name) for name in self.names()]
+        first = {name: (value.shape[1:], value.dtype) for name, value in shards[0].items()}
+        for file, shard, rows in zip(self.names(), shards, torch.arange(self.count).split(self.rows), strict=True):
+            held = {name: (value.shape[1:], value.dtype) for name, value in shard.items()}
+            if held != first or any(value.ndim < 1 or len(value) != len(rows) for value in shard.values()):
+                raise UserError(f"{self.folder / file} does not hold {len(rows)} rows of what the others hold")
+        return shards
 
     def tensors(self) -> dict[str, Sharded]:
         shards = self.shards()

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "fewstep"
 # A room or file -> what of fewstep it may import. Files that are not named here are bound by `cli` alone.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "fewstep.core": ("fewstep.core",),
-    "fewstep.models": ("fewstep.core", "fewstep.models"),
+    "fewstep.reading": ("fewstep.core",),
+    "fewstep.models": ("fewstep.core", "fewstep.models", "fewstep.reading"),
     "fewstep.rollout": ("fewstep.core", "fewstep.models"),
     "fewstep.pairs": ("fewstep.core", "fewstep.models", "fewstep.rollout"),
     "fewstep.objectives": (
@@ -26,8 +27,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.pairs",
         "fewstep.objectives",
     ),
-    "fewstep.data": ("fewstep.core", "fewstep.data"),
-    "fewstep.evals": ("fewstep.core", "fewstep.evals"),
+    "fewstep.data": ("fewstep.core", "fewstep.data", "fewstep.reading"),
+    "fewstep.evals": ("fewstep.core", "fewstep.evals", "fewstep.reading"),
     "fewstep.train": (
         "fewstep.core",
         "fewstep.models.backbone",
@@ -37,9 +38,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.models.passes",
         "fewstep.models.precision",
         "fewstep.objectives.base",
+        "fewstep.reading",
         "fewstep.train",
     ),
-    "fewstep.report": ("fewstep.core", "fewstep.report", "fewstep.train.checkpoint", "fewstep.train.rundir"),
+    "fewstep.report": (
+        "fewstep.core",
+        "fewstep.reading",
+        "fewstep.report",
+        "fewstep.train.checkpoint",
+        "fewstep.train.rundir",
+    ),
     "fewstep.health": (
         "fewstep.core",
         "fewstep.export",
@@ -47,6 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.models.families",
         "fewstep.models.loading",
         "fewstep.models.schedulers",
+        "fewstep.reading",
         "fewstep.train.rundir",
     ),
     "fewstep.config": (
@@ -55,6 +64,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "fewstep.models.execution",
         "fewstep.models.precision",
         "fewstep.objectives.base",
+        "fewstep.reading",
         "fewstep.rollout",
         "fewstep.train.player",
     ),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from fewstep import reading
+from fewstep.core.errors import UserError
 from fewstep.data.pictures import NO_CAPTION, SUFFIXES, Picture, Pictures, Skipped, one_line
 
 UNLABELLED = "left out because they lie beside the class folders and so have no label"
@@ -38,9 +40,10 @@ class FolderSource(Pictures):
             text = file.with_suffix(".txt")
             caption = (_text(text, skipped) if text in texts else "") or lines.get(file, "")
             label = classes.index(file.relative_to(root).parts[0]) if classes else 0
-            found.append(Picture(file, file.read_bytes, label, caption))
+            found.append(Picture(file, partial(reading.content, file, reading.PICTURE), label, caption))
         nothing = f"no {', '.join(SUFFIXES)} file there"
-        super().__init__(f"the image folder {folder}", found, resolution, seed, classes, skipped, nothing)
+        labels = [reading.shown(name, 300) for name in classes]
+        super().__init__(f"the image folder {folder}", found, resolution, seed, labels, skipped, nothing)
 
 
 def _passed_over(name: str) -> bool:
@@ -59,8 +62,8 @@ def _files(root: Path) -> Iterator[Path]:
 def _text(file: Path, skipped: Skipped) -> str:
     """The words of a text file, "" where it is no UTF-8."""
     try:
-        return one_line(file.read_bytes())
-    except (OSError, UnicodeDecodeError):
+        return one_line(reading.content(file, reading.CAPTION))
+    except (UserError, UnicodeDecodeError):
         skipped.setdefault(NO_CAPTION, []).append(file)
         return ""
 
@@ -70,8 +73,8 @@ def _lines(files: list[Path], images: set[Path], skipped: Skipped) -> dict[Path,
     captions = {}
     for file in files:
         try:
-            lines = file.read_bytes().decode("utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError):
+            lines = reading.content(file, reading.LINES).decode("utf-8-sig").split("\n")
+        except (UserError, UnicodeDecodeError):
             skipped.setdefault(NO_CAPTION, []).append(file)
             continue
         for number, line in enumerate(lines, 1):
@@ -90,8 +93,8 @@ def _lines(files: list[Path], images: set[Path], skipped: Skipped) -> dict[Path,
 def _line(line: str) -> tuple[str, str] | None:
     """The file name and the caption of a JSON line, None for an odd one."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = reading.parsed(line, finite=False)
+    except ValueError:
         return None
     name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
     return (name, " ".join(text.split())) if isinstance(name, str) and isinstance(text, str) else None

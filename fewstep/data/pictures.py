@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.data.base import Source, checksum, shuffled
 
@@ -52,6 +53,7 @@ def pixels_of(content: bytes, resolution: int) -> Tensor:
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            reading.sized(opened.size, len(content))
             opened.draft(None, (2 * resolution, 2 * resolution))  # type: ignore[arg-type]
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)
@@ -122,7 +124,7 @@ class Pictures(Source):
         picture = self._pictures[row]
         try:
             return pixels_of(picture.read(), self.resolution)
-        except OSError as error:
+        except (OSError, UserError) as error:
             raise UserError(
                 f"{picture.name} was whole when the run started and cannot be read any more ({error}): put it back and "
                 "continue with --resume"
@@ -148,7 +150,7 @@ def _checked(pictures: Sequence[Picture], resolution: int, kept: bool) -> Iterat
         try:
             content = picture.read()
             pixels = pixels_of(content, resolution)
-        except OSError:
+        except (OSError, UserError):
             return None
         return Check(checksum(content), pixels if kept else None)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import glob
-import json
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.data.pictures import NO_CAPTION, NO_LABEL, SUFFIXES, Picture, Pictures, Skipped, one_line
 
 CUT = "read only as far as they are whole tar files"
 MOST_LABELS = 2**16
+MOST_SHARDS = 100_000
 
 Member = tuple[int, int]
 """where the content of a member begins in its shard, and how many bytes it has"""
@@ -65,11 +66,16 @@ def expanded(pattern: str) -> list[str]:
         return [pattern]
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
         first, last = numbers.groups()
+        if len(first) > 9 or len(last) > 9 or int(last) - int(first) >= MOST_SHARDS:
+            raise UserError(f"data.source={reading.shown(pattern, 80)} names more than {MOST_SHARDS} shards")
         chosen = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     else:
         chosen = braces[1].split(",")
     before, behind = pattern[: braces.start()], pattern[braces.end() :]
-    return [name for choice in chosen for name in expanded(f"{before}{choice}{behind}")]
+    rest = expanded(behind)
+    if len(chosen) * len(rest) > MOST_SHARDS:
+        raise UserError(f"data.source={reading.shown(pattern, 80)} names more than {MOST_SHARDS} shards")
+    return [f"{before}{choice}{more}" for choice in chosen for more in rest]
 
 
 def _samples(shard: Path, skipped: Skipped) -> dict[str, dict[str, Member]]:
@@ -85,20 +91,40 @@ def _samples(shard: Path, skipped: Skipped) -> dict[str, dict[str, Member]]:
 
 def _members(shard: Path, skipped: Skipped) -> Iterator[tuple[str, Member]]:
     try:
-        with tarfile.open(shard, "r:") as tar:
+        reading.plain(shard, 2**62)
+        with tarfile.open(shard, "r:", tarinfo=_Header) as tar:
+            read = 0
             for member in tar:
+                if member.size < 0 or tar.offset <= read:  # such archives would never end
+                    raise tarfile.ReadError("a member that goes back")
+                read = tar.offset
                 if member.isfile():
                     yield member.name, (member.offset_data, member.size)
             # At a header that it does not understand tarfile stops as if the archive ended there.
             end = _read(shard, tar.offset, tarfile.BLOCKSIZE)
             whole = len(end) == tarfile.BLOCKSIZE and not end.strip(b"\0")
-    except (OSError, tarfile.TarError):
+    except Exception:  # damaged archives end in errors of many kinds
         whole = False
     if not whole:
         skipped.setdefault(CUT, []).append(shard)
 
 
-def _read(shard: Path, offset: int, size: int) -> bytes:
+class _Header(tarfile.TarInfo):
+    """A header that is refused where it says that a long name or a comment of a giant size follows."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _NAMING and not 0 <= self.size <= reading.CAPTION:
+            raise tarfile.ReadError("a name of such a length")
+        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+
+
+_NAMING = (b"L", b"K", b"x", b"g", b"X")  # names and links of GNU, and the comments of pax and of Solaris
+
+
+def _read(shard: Path, offset: int, size: int, most: int = reading.PICTURE) -> bytes:
+    """Raises OSError for more bytes than such a member has."""
+    if size > most:
+        raise OSError(f"a member of {size:,} bytes")
     with shard.open("rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -109,24 +135,29 @@ def _picture(shard: Path, key: str, members: dict[str, Member], skipped: Skipped
     suffix = next((suffix[1:] for suffix in SUFFIXES if suffix[1:] in members), None)
     if suffix is None:
         return None
-    name = shard / f"{key}.{suffix}"
+    name = Path(f"{shard}/{key}.{suffix}")
     try:
         caption = _caption(shard, members)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         skipped.setdefault(NO_CAPTION, []).append(name)
         caption = ""
-    label = _read(shard, *members["cls"]).strip() if "cls" in members else b""
+    label = _label(shard, members["cls"]) if "cls" in members else b""
     number = int(label) if re.fullmatch(rb"\d{1,9}", label) else -1
     number = number if number < MOST_LABELS else -1
     return Picture(name, functools.partial(_read, shard, *members[suffix]), number, caption)
 
 
+def _label(shard: Path, member: Member) -> bytes:
+    offset, size = member
+    return _read(shard, offset, min(size, 64)).strip()
+
+
 def _caption(shard: Path, members: dict[str, Member]) -> str:
     """Raises ValueError for text that is no UTF-8, or no JSON."""
     if "txt" in members:
-        return one_line(_read(shard, *members["txt"]))
+        return one_line(_read(shard, *members["txt"], reading.CAPTION))
     if "json" not in members:
         return ""
-    told = json.loads(_read(shard, *members["json"]))
+    told = reading.parsed(_read(shard, *members["json"], reading.CAPTION), finite=False)
     text = (told.get("text") or told.get("caption") or "") if isinstance(told, dict) else ""
     return " ".join(text.split()) if isinstance(text, str) else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep import reading
 from fewstep.core.draw import Draw
 from fewstep.core.errors import UserError
 from fewstep.data.base import Source, checksum, shuffled
@@ -16,6 +17,7 @@ from fewstep.data.scenes import LABELS, Scenes, caption
 from fewstep.data.shards import ShardSource, holds_shards
 from fewstep.data.table import TableSource, holds_table
 
+_LONGEST = 4096
 HELD_OUT = 40_000
 """seed of the scenes that no training sees"""
 
@@ -89,11 +91,7 @@ class PromptSource(Source):
 
     def __init__(self, file: str | Path, resolution: int, seed: int):
         self.file, self.resolution, self.seed = Path(file), resolution, seed
-        try:
-            lines = self.file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-            raise UserError(f"the prompts of data.source={file} cannot be read: {reason}") from None
+        lines = reading.text(self.file, reading.LINES).splitlines()
         self.prompts = [line.strip() for line in lines if line.strip()]
         if not self.prompts:
             raise UserError(f"data.source={file} has no prompt: write one a line")
@@ -127,6 +125,8 @@ def open_source(source: str, resolution: int, seed: int) -> Source:
 
     Raises UserError where there is nothing of the kind, or nothing in it that can be read.
     """
+    if not reading.there(Path(source)) and (len(source) > _LONGEST or "\0" in source):
+        raise UserError(f"data.source={reading.shown(source, 80)} is no path: it is too long or holds a NUL")
     if source in WORLDS:
         return WORLDS[source](resolution, seed)
     if source.endswith(".txt"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.data.pictures import NO_LABEL, Picture, Pictures, Skipped
 
@@ -55,7 +56,7 @@ class _Cell:
             return cell["bytes"]
         if not cell.get("path"):
             raise OSError("the cell is empty")
-        return Path(cell["path"]).read_bytes()
+        return reading.content(Path(cell["path"]), reading.PICTURE)
 
 
 def holds_table(source: str) -> bool:

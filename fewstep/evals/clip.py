@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -83,7 +83,7 @@ def _refuse_hub(source: str, folder: Path | None) -> None:
 def _of_folder(folder: Path) -> dict[str, Any]:
     """The description of the text model in a folder. Raises UserError."""
     try:
-        return dict(json.loads((folder / _CONFIG).read_text())["model_cfg"]["text_cfg"])
+        return dict(reading.described(folder / _CONFIG)["model_cfg"]["text_cfg"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / _CONFIG} is no configuration of open_clip: {type(error).__name__}, {error}"

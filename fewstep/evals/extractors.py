@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.evals.reader import load_reader
 
@@ -63,8 +63,9 @@ class Inception:
     def __init__(self, weights: Path, device: torch.device):
         self.sha256, self.device = sha256(weights), device
         try:
+            reading.unpacks(weights)
             self.layers = torch.jit.load(str(weights), map_location=device).eval().layers
-        except (RuntimeError, AttributeError) as error:
+        except Exception as error:
             raise UserError(f"{weights} is not the TorchScript file of Inception: {_first_line(error)}") from None
 
     @torch.no_grad()
@@ -90,8 +91,9 @@ class Dinov2:
 
         self.device, self.sha256 = device, sha256(weights / "model.safetensors")
         try:
+            reading.described(weights / "config.json")
             net = Dinov2Model.from_pretrained(weights, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             raise UserError(f"{weights} is no folder of a DINOv2: {_first_line(error)}") from None
         self.net: Any = net.to(device).eval().requires_grad_(False)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from fewstep import reading
+from fewstep.core.errors import UserError
 
 RESOLUTION = 16
 LAYERS = ((32, 1), (48, 2), (64, 1), (96, 2))
@@ -66,15 +67,25 @@ class Reader(nn.Module):
 def load_reader(folder: Path | str) -> Reader:
     """The reader in `folder` (reader.safetensors and reader.json) in eval mode, float32.
 
-    Raises FileNotFoundError when either file is absent and RuntimeError when the weights do not fit.
+    Raises FileNotFoundError when either file is absent, and UserError where they describe no reader.
     """
     weights, protocol = Path(folder) / "reader.safetensors", Path(folder) / "reader.json"
     for path in (weights, protocol):
-        if not path.is_file():
+        if not (path.exists() or path.is_symlink()):
             maker = "train_caption_reader" if "caption" in Path(folder).name else "train_reader"
             raise FileNotFoundError(f"No reader at {path}: make one with tools/{maker}.py.")
-    described = json.loads(protocol.read_text())
-    attributes = {name: tuple(values) for name, values in described["attributes"].items()}
-    reader = Reader(attributes, described.get("resolution", RESOLUTION), described.get("layers", LAYERS))
-    reader.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+    described = reading.described(protocol)
+    if not isinstance(described.get("attributes"), dict):
+        raise UserError(f"{protocol} cannot be read: it names no attributes")
+    state = {name: value.float() for name, value in reading.tensors(weights).items()}
+    try:
+        attributes = {name: tuple(values) for name, values in described["attributes"].items()}
+        with torch.device("meta"):  # what is described may be of any size
+            reader = Reader(attributes, described.get("resolution", RESOLUTION), described.get("layers", LAYERS))
+        reader.load_state_dict(state, assign=True)
+    except Exception as error:  # a description that is none leads torch to errors of many kinds
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{protocol} and {weights.name} cannot be read as a reader: {reading.shown(reason, 300)}"
+        ) from None
     return reader.eval().requires_grad_(False)

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.evals.extractors import Extractor
 from fewstep.evals.frechet import Statistics
 
+_PARTS = ("mu", "sigma", "n", "features", "protocol")
 MOST_FEATURES = 10_000
 """features that are kept beside the statistics, for distances between samples"""
 
@@ -60,23 +62,45 @@ class Reference:
 
 def load(file: Path, extractor: Extractor) -> Reference:
     """The reference in an .npz file. Raises UserError for another format, and for features of another extractor."""
-    try:
-        with np.load(file) as stored:
-            held = {name: stored[name] for name in stored.files}
-            mean, covariance = (torch.from_numpy(held[name]).double() for name in ("mu", "sigma"))
-            protocol = json.loads(str(held["protocol"]))
-            statistics = Statistics(mean, covariance, int(held["n"]))
-            features = torch.from_numpy(held["features"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{file} is no reference of fewstep (mu, sigma, n, features and protocol in an .npz): {error}"
-        ) from None
+    reference = read(file)
+    protocol = reference.protocol
     if protocol["weights"] != extractor.sha256:
         raise UserError(
             f"the reference {file} is of {protocol['extractor']} with other weights than this {extractor.name}: "
             "distances between the two mean nothing; make it anew with these weights"
         )
-    return Reference(statistics, features, protocol)
+    return reference
+
+
+def read(file: Path) -> Reference:
+    """The reference in an .npz file, whatever it is of. Raises UserError for what is none."""
+    try:
+        reading.unpacks(file)
+        with np.load(file) as stored:
+            held = {name: stored[name] for name in _PARTS}
+        mean, covariance = (torch.from_numpy(held[name]).double() for name in ("mu", "sigma"))
+        protocol = reading.parsed(str(held["protocol"]))
+        count, features = int(held["n"]), torch.from_numpy(held["features"])
+        _refuse(mean, covariance, features, count, protocol)
+    except Exception as error:  # damaged archives end in errors of many kinds
+        reason = reading.shown(next(iter(str(error).splitlines()), type(error).__name__))
+        raise UserError(
+            f"{file} is no reference of fewstep (mu, sigma, n, features and protocol in an .npz): {reason}"
+        ) from None
+    return Reference(Statistics(mean, covariance, count), features, protocol)
+
+
+def _refuse(mean: Tensor, covariance: Tensor, features: Tensor, count: int, protocol: Any) -> None:
+    """Raises ValueError where the parts do not fit."""
+    width = len(mean)
+    if mean.shape != (width,) or covariance.shape != (width, width) or features.shape[1:] != (width,):
+        raise ValueError("the shapes of mu, sigma and features do not fit")
+    if count < 1 or not features.is_floating_point():
+        raise ValueError("n counts images, and features are floating point numbers")
+    if not (mean.isfinite().all() and covariance.isfinite().all() and features.isfinite().all()):
+        raise ValueError("it holds numbers that are not finite")
+    if not isinstance(protocol, dict) or not {"weights", "extractor"} <= protocol.keys():
+        raise ValueError("its protocol names no extractor and no weights")
 
 
 def cache_folder() -> Path:

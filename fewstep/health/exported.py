@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import diffusers
-
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.core.times import Step
 from fewstep.export import CARD, read_card
 from fewstep.models import schedulers
 from fewstep.models.families import CODECS
-from fewstep.models.loading import pretrained
+from fewstep.models.loading import pretrained, scheduler_class
 
 # A timestep of 1000 is rounded by at most half a thousandth.
 _TOLERANCE = 2e-3
@@ -25,7 +23,7 @@ def differences(folder: Path, times: list[list[float]]) -> list[str]:
         return [f"the model card of {folder} asks for {count} steps"]
     try:
         walked = _walk(folder, count)
-    except (UserError, OSError, ValueError) as error:
+    except Exception as error:  # whatever a foreign config leads a scheduler to
         return [f"the scheduler of {folder} cannot be walked: {error}"]
     pairs = zip(walked, times, strict=True)
     apart = [max(abs(step.told - told), abs(step.level - level)) for step, (told, level) in pairs]
@@ -35,11 +33,11 @@ def differences(folder: Path, times: list[list[float]]) -> list[str]:
 
 
 def _walk(folder: Path, count: int) -> list[Step]:
-    said = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    kind = getattr(diffusers, str(said.get("_class_name")), None)
+    said = reading.described(folder / "scheduler" / "scheduler_config.json")
+    kind = scheduler_class(said.get("_class_name"))
     if kind is None:
         raise UserError(f"diffusers has no scheduler {said.get('_class_name')}")
     scheduler = pretrained(kind, str(folder), subfolder="scheduler")
     schedulers.read(scheduler)
-    pipeline = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    pipeline = reading.described(folder / "model_index.json").get("_class_name")
     return schedulers.steps_of(scheduler, count, even=pipeline in CODECS and CODECS[pipeline].EVEN_SIGMAS)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.health.signs import MOVES, Row, moved
 from fewstep.train.rundir import RunDir
@@ -87,16 +85,13 @@ def _table(path: Path) -> dict[str, Any] | None:
 def _json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing when it is absent or cut short."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return reading.fields(path, finite=False)
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        found: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}): the run folder is not whole") from None
-    return found if isinstance(found, dict) else {}
+        return reading.settings(path)
+    except UserError as error:
+        raise UserError(f"{error}: the run folder is not whole") from None

@@ -44,6 +44,8 @@ def open_codec(
     family = _family(name)
     named = [part for part in found.index if found.class_of(part)]
     family.refuse_absent(f"the pipeline at {source}", _lying(found.source, named), named)
+    for part in named:
+        loading.check(found.source, part, None, found.where)
     shaped = loading.denoiser(found, weights=False)
     lacking = {part: None for part in family.MAY_LACK if part not in named}
     shapes = {} if weights else {part: _shape(found, part, dtype) for part in named if part.startswith(_NETWORKS)}

@@ -75,6 +75,7 @@ def _shaping(buffers: bool) -> AbstractContextManager[Any]:
 
 def pretrained(kind: Any, folder: str, weights: bool = True, buffers: bool = False, **where: Any) -> Any:
     """`kind.from_pretrained`, or the shape alone on the meta device. Raises UserError with diffusers' reason."""
+    check(folder, where.get("subfolder"), getattr(kind, "config_name", None), where)
     try:
         if not weights:
             config = kind.load_config(folder, **where)
@@ -84,6 +85,17 @@ def pretrained(kind: Any, folder: str, weights: bool = True, buffers: bool = Fal
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{kind.__name__} cannot be loaded from {folder}: {reason}") from None
+
+
+def check(source: str, part: str | None, name: str | None, where: dict[str, Any]) -> None:
+    """Raises UserError for a config whose numbers no network has, before anything is built of it."""
+    asked = {key: value for key, value in where.items() if key in ("revision", "local_files_only")}
+    try:
+        file = _file(Pipeline(source, {}, asked), part, name or "config.json")
+    except (OSError, ValueError):
+        return  # whoever opens it says what is wrong
+    if file is not None:
+        _read_json(file)
 
 
 def _network(kind: Any, folder: str, weights: bool, buffers: bool, **where: Any) -> nn.Module:
@@ -140,19 +152,29 @@ def find(source: str, revision: str | None = None) -> Pipeline:
     """The pipeline in the folder `source` or of the hub id `source`. Raises UserError where there is none."""
     folder = locate(source)
     if (folder / "model_index.json").is_file():
-        return Pipeline(str(folder), _read_json(folder / "model_index.json"), {})
+        return _known(Pipeline(str(folder), _read_json(folder / "model_index.json"), {}))
     if folder.exists():
         raise UserError(f"{folder} is no diffusers folder: it has neither model_index.json nor config.json")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"there is no teacher at {source}: give a diffusers folder or a hub id such as owner/name")
     where = hub.where(revision)
     try:
-        return Pipeline(source, diffusers.DiffusionPipeline.load_config(source, **where), where)
+        return _known(Pipeline(source, diffusers.DiffusionPipeline.load_config(source, **where), where))
     except OSError:
         raise UserError(
             f"there is no folder {source}, and the hub has no pipeline of that name within reach: "
             "check the spelling, or download it and give the folder"
         ) from None
+
+
+def _known(pipeline: Pipeline) -> Pipeline:
+    """The pipeline, if it is one of a library. Raises UserError for one that brings its own code."""
+    if not isinstance(pipeline.index.get("_class_name"), str):
+        raise UserError(
+            f"the model_index.json of {pipeline.source} names no pipeline of diffusers but code of its own, and no code "
+            "of a pipeline is run: give one of diffusers"
+        )
+    return pipeline
 
 
 def pipeline_class(source: str, revision: str | None = None) -> str | None:

@@ -91,7 +91,7 @@ def sheet(
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, title, series, logarithmic in zip(places, titles, charts, log, strict=False):
         _fill(axes, series, _ON_WHITE, logarithmic)
-        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_title(title, fontsize=9, loc="left", parse_math=False)
         named = [(Line2D([], [], color=c), one.name) for one, c in zip(series, _ON_WHITE, strict=False) if one]
         if len(named) > 1:
             axes.legend(*zip(*named, strict=True), fontsize=7, frameon=False)

@@ -11,6 +11,7 @@ from typing import Any
 Json = dict[str, Any]
 
 _LOST_SHOWN = 8
+_LARGEST = 10**300
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ def measure_of(column: str) -> Measure:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it can be drawn, also as a NaN; an integer can be larger than what a float holds."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGEST)
 
 
 def shown(column: str, value: Any) -> str:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.train import parallel, processes, stored
 from fewstep.train.player import Player
@@ -205,22 +206,27 @@ def verify(path: Path) -> dict[str, Any]:
         sound = newest_sound(path.parent)
         instead = f"resume from the newest that is whole with --resume {sound}" if sound else "no other one is whole"
         raise Damaged(f"the checkpoint {path} is damaged ({damage}): {instead}")
-    return json.loads((path / MANIFEST).read_text())
+    return reading.fields(path / MANIFEST)
 
 
 def wrong(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None where all are as they were written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = reading.fields(path / MANIFEST)
         sums = {STATE: manifest["sha256"][STATE], **manifest["sha256"]}
         if manifest["format"] not in (1, _FORMAT) or (manifest["format"] > 1 and manifest["seal"] != seal(manifest)):
             raise ValueError("the manifest is not the one that was written")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        if not (_is_count(manifest["step"]) and all(map(_is_count, manifest["moves"].values()))):
+            raise ValueError("steps and moves are counted")
+        if not all(map(reading.is_name, sums)):
+            raise ValueError("its files lie beside it")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     for name, expected in sums.items():
         try:
             found = sha256(path / name)
-        except OSError:
+        except (OSError, UserError):
+            reading.safetensors(path / name)  # a device, or a file that is all hole, would never end
             found = ""
         if found != expected:
             return f"{name} is not what was written"
@@ -229,6 +235,10 @@ def wrong(path: Path) -> str | None:
 
 def newest_sound(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` whose files are whole."""
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
     return next((path for path in reversed(available(folder)) if wrong(path) is None), None)
 
 
@@ -239,6 +249,8 @@ def load(path: Path, players: Mapping[str, Player], extra: nn.Module) -> int:
     for name, player in players.items():
         player.moves = manifest["moves"][name]
         if player.moves and not player.optimizer.state:
+        if name not in manifest["moves"]:
+            raise Damaged(f"the checkpoint {path} does not say how often the player {name} has moved")
             raise Damaged(f"the checkpoint {path} holds no optimizer state of the player {name}")
     return manifest["step"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
+from fewstep import reading
 from fewstep.train import processes
 
 
@@ -50,10 +50,10 @@ def joined(parts: Iterable[Stored]) -> Stored:
 
 
 def files(paths: Iterable[Path]) -> Stored:
-    """The tensors of safetensors files, on the CPU. Raises OSError for a file that is not there."""
+    """The tensors of safetensors files, on the CPU. Raises UserError for a file that is none, or is not there."""
     opened: dict[str, Any] = {}
     for path in paths:
-        file = safe_open(path, framework="pt")
+        file = reading.safetensors(path)
         opened |= dict.fromkeys(file.keys(), file)
     return Stored(lambda name: opened[name].get_tensor(name), {name: name for name in opened})
 
