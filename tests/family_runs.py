@@ -82,7 +82,7 @@ def build_run(
 
 def write(family: str, folder: Path, objective: dict[str, Any], players: dict[str, dict] | None, **model: Any) -> Path:
     """The config of that run, with what it reads."""
-    (folder / "prompts.txt").write_text("a disc\ntwo rings\na red one\n")
+    _put(folder / "prompts.txt", "a disc\ntwo rings\na red one\n")
     changes = players or {name: {} for name in SCORES}
     file = folder / "cell.yaml"
     codec = None if family == "unet2d" else codec_of(make(family))
@@ -99,8 +99,14 @@ def write(family: str, folder: Path, objective: dict[str, Any], players: dict[st
         "players": {name: PLAYER | change for name, change in changes.items()},
         "data": {"source": str(folder / "prompts.txt"), "resolution": side, **what},
     }
-    file.write_text(json.dumps(node))
+    _put(file, json.dumps(node))
     return file
+
+
+def _put(file: Path, text: str) -> None:
+    """Writes what is not there yet: of two processes the first may read meanwhile."""
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
 
 
 def batch(run: Run, step: int, ids: Tensor) -> Batch:
