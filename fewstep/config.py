@@ -416,7 +416,8 @@ def differences(before: str, now: str) -> dict[str, str]:
     """What two complete configs, as `to_yaml` writes them, do not agree on: key -> "was .., is .."."""
     old, new = (_flat(reading.settings_in(text)) for text in (before, now))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return {key: f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys}
+    said = lambda value: reading.shown(str(value), 300)
+    return {key: f"{said(key)} was {said(old.get(key))}, is {said(new.get(key))}" for key in keys}
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:

@@ -15,12 +15,13 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fewstep import adapter
+from fewstep import adapter, reading
 from fewstep import build as building
 from fewstep import config as configs
 from fewstep.build import Run
 from fewstep.carried import is_carried, scheduler_of, trusted
 from fewstep.config import Config, RoleConfig
+from fewstep.models import hub
 from fewstep.core.errors import UserError
 from fewstep.models.codec import Codec
 from fewstep.models.diffusers import DiffusersBackbone
@@ -243,7 +244,7 @@ def _licence(teacher: str | None, revision: str | None) -> str:
         return "unknown"
     found: Any = locate(teacher) / CARD
     if not locate(teacher).exists() and teacher.count("/") == 1:
-        found = try_to_load_from_cache(teacher, CARD, revision=revision)
+        found = try_to_load_from_cache(teacher, CARD, revision=hub.commit_of(teacher, revision) or revision)
     header = read_card(Path(found)) if isinstance(found, (str, Path)) else {}
     return str(header.get("license") or "unknown")
 
@@ -251,9 +252,25 @@ def _licence(teacher: str | None, revision: str | None) -> str:
 def read_card(path: Path) -> dict[str, Any]:
     """The YAML header of a model card; empty when there is none that can be read."""
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+        said = ModelCard(reading.text(path), ignore_metadata_errors=True).data.to_dict()
     except Exception:
         return {}
+    for key, kind in _TOLD.items():
+        if said.get(key) is not None and (isinstance(said[key], bool) or not isinstance(said[key], kind)):
+            raise UserError(f"{path} says {key}: {reading.shown(str(said[key]), 40)}, which it cannot be: correct it")
+    return said
+
+
+_TOLD: dict[str, type | tuple[type, ...]] = {
+    "num_inference_steps": int,
+    "max_sequence_length": int,
+    "embedded_guidance": (int, float),
+    "resolution": int,
+    "num_frames": int,
+    "id2label": dict,
+    "null_label": int,
+}
+"""what a card says that is used, and what it is"""
 
 
 def load_run(folder: Path, step: int | str | None = None, last: bool = True) -> Run:
@@ -273,7 +290,7 @@ def load_run(folder: Path, step: int | str | None = None, last: bool = True) -> 
     run.config, player = used, run.players["generator"]
     building.load_weights(run.triad.generator, weights, str(path))
     if "ema" in player.followers:
-        averaged = checkpoint.read_network(path, "generator", "ema")
+        averaged = checkpoint.network_in(state, path, "generator", "ema")
         building.load_weights(player.followers["ema"].module, averaged, str(path))
     for name, other in run.players.items():
         other.moves = manifest["moves"].get(name, 0)

@@ -103,10 +103,14 @@ def fields(path: Path, most: int = DESCRIPTION, finite: bool = True) -> dict[str
 
 def described(path: Path) -> dict[str, Any]:
     """The config of a network or a scheduler, before anything is built of it. Raises UserError, naming the file."""
-    found = fields(path)
+    found = fields(path, finite=False)
     if wrong := _beyond(found, ""):
         raise _unreadable(path, wrong)
     return found
+
+
+# What schedulers of diffusers write where they clip nothing.
+_UNCLIPPED = ("lambda_min_clipped", -math.inf)
 
 
 def _beyond(node: Any, key: str) -> str | None:
@@ -117,6 +121,8 @@ def _beyond(node: Any, key: str) -> str | None:
         if len(node) > _MOST_LISTED:
             return f"{key} is a list of {len(node):,}"
         return next((wrong for part in node if (wrong := _beyond(part, key))), None)
+    if isinstance(node, float) and not math.isfinite(node):
+        return None if (key, node) == _UNCLIPPED else f"{key} is {node}, which is no number"
     if isinstance(node, bool) or not isinstance(node, int):
         return None
     least, most = -_LARGEST, _LARGEST

@@ -20,6 +20,7 @@ from fewstep.core.errors import SaidOnce, UserError
 from fewstep.export import load_run
 from fewstep.health.alarms import Alarms
 from fewstep.hooks import Best, Hooks
+from fewstep.models import hub, loading
 from fewstep.objectives import base as objectives
 from fewstep.train import checkpoint, processes
 from fewstep.train.checkpoint import write_text
@@ -228,6 +229,8 @@ def check_batch(config: Config) -> None:
 def play_stage(config: Config, root: Path, previous: Path | None, resume: Path | None, interrupts: Interrupts) -> Run:
     """Trains one stage in the folder `root`, from the checkpoint `resume` where given. Raises Stopped if asked to."""
     check_resumed(config, root)
+    for origin in (*sorted(root.parent.glob("stage_*/origin.json")), root / "origin.json"):
+        hub.pin_as_recorded(origin)
     with interrupts.leaving():
         run, folder, hooks = set_up(config, root, previous)
         done = 0 if resume is None else checkpoint.load(resume, run.players, run.objective)
@@ -266,8 +269,16 @@ def set_up(config: Config, root: Path, previous: Path | None) -> tuple[Run, RunD
 
 
 def teacher_of(config: Config) -> dict[str, Any]:
+    """Where the teacher is from, and of what is on the hub the commit: names there can move."""
     model = config.model
-    return {"source": model.teacher, "revision": model.revision, "lora": model.lora, "lora_scale": model.lora_scale}
+    return {
+        "source": model.teacher,
+        "revision": model.revision,
+        "commit": loading.commit_of(model.teacher, model.revision),
+        "lora": model.lora,
+        "lora_scale": model.lora_scale,
+        "lora_commit": loading.commit_of(model.lora),
+    }
 
 
 def walked(run: Run) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with everything installed, unless it is there already. Needs Python 3.11 or newer.
+# The versions are those of tools/constraints.txt, which the tests have run with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,9 +16,10 @@ find_python() {
 }
 
 stamp=.venv/.fewstep-installed
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ tools/constraints.txt -nt "$stamp" ]; then
     echo "Setting up .venv (a few minutes, once)..."
     [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint tools/constraints.txt \
+        --editable '.[test]'
     touch "$stamp"
 fi

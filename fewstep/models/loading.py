@@ -47,6 +47,11 @@ def named(source: str) -> str:
     return locate(source).resolve().name if locate(source).exists() else source
 
 
+def commit_of(source: str | None, revision: str | None = None) -> str | None:
+    """The commit of a hub id that is loaded; None for a folder or file, and for nothing."""
+    return None if source is None or locate(source).exists() else hub.commit_of(source, revision)
+
+
 def _class(name: str) -> Any:
     if name not in FAMILIES:
         raise UserError(f"fewstep has no row for the class '{name}': it can use {', '.join(sorted(FAMILIES))}")
@@ -157,7 +162,7 @@ def find(source: str, revision: str | None = None) -> Pipeline:
         raise UserError(f"{folder} is no diffusers folder: it has neither model_index.json nor config.json")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(f"there is no teacher at {source}: give a diffusers folder or a hub id such as owner/name")
-    where = hub.where(revision)
+    where = hub.pinned(source, revision)
     try:
         return _known(Pipeline(source, diffusers.DiffusionPipeline.load_config(source, **where), where))
     except OSError:
@@ -171,8 +176,8 @@ def _known(pipeline: Pipeline) -> Pipeline:
     """The pipeline, if it is one of a library. Raises UserError for one that brings its own code."""
     if not isinstance(pipeline.index.get("_class_name"), str):
         raise UserError(
-            f"the model_index.json of {pipeline.source} names no pipeline of diffusers but code of its own, and no code "
-            "of a pipeline is run: give one of diffusers"
+            f"the model_index.json of {pipeline.source} names no pipeline of diffusers but code of its own, and no "
+            "code of a pipeline is run: give one of diffusers"
         )
     return pipeline
 

@@ -91,7 +91,7 @@ def _parts_of(pipeline: Any, file: str) -> set[str]:
 
 
 def _where(file: str) -> dict[str, Any]:
-    return {} if Path(file).is_file() else hub.where()
+    return {} if Path(file).is_file() else hub.pinned(file)
 
 
 def _wears(part: Any) -> bool:
