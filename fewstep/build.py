@@ -654,7 +654,7 @@ def _of_previous(where: str, previous: Path | None, what: str) -> stored.Stored:
     """The weights of a role of the earlier stage."""
     if previous is None:
         raise UserError(f"{what}: there is no earlier stage")
-    return checkpoint.read_network(latest(previous), where.removeprefix("previous."), "ema")
+    return newest(previous, where.removeprefix("previous."))
 
 
 def _refuse_process(where: str, target: Backbone) -> None:
@@ -674,7 +674,7 @@ def _refuse_process(where: str, target: Backbone) -> None:
 def stored_in(where: str, role: str) -> stored.Stored:
     """The weights of `role` in a run, or those of a model folder."""
     if (Path(where) / "checkpoints").is_dir():
-        return checkpoint.read_network(latest(Path(where)), role, "ema")
+        return newest(Path(where), role)
     whole = loading.load(where).net.state_dict() if processes.leads() else None
     return stored.from_leader(whole).within("net.")
 
@@ -689,6 +689,11 @@ def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor], what: st
         checkpoint.fill(network, state)
     except ValueError as error:
         raise UserError(f"{what}: its weights are not those of this network ({error})") from None
+
+
+def newest(run: Path, role: str) -> stored.Stored:
+    """The weights of a role in the newest checkpoint of a run, their average where it keeps one."""
+    return checkpoint.steady(lambda: latest(run), lambda path: checkpoint.read_network(path, role, "ema"))
 
 
 def latest(run: Path) -> Path:

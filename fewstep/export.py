@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,15 @@ from fewstep import config as configs
 from fewstep.build import Run
 from fewstep.carried import is_carried, scheduler_of, trusted
 from fewstep.config import Config, RoleConfig
-from fewstep.models import hub
 from fewstep.core.errors import UserError
+from fewstep.models import hub
 from fewstep.models.codec import Codec
 from fewstep.models.diffusers import DiffusersBackbone
 from fewstep.models.loading import locate, named, network_of
 from fewstep.rollout import Rollout
 from fewstep.routes import Pixels, Route, draws, exportable, left_out, route_of, save_plainly, stock
-from fewstep.train import checkpoint
+from fewstep.train import checkpoint, stored
+from fewstep.train.stored import Stored
 
 CARD = "README.md"
 # Far above rounding (1e-6 for eight steps), far below what a wrong time costs (1e-2 and more).
@@ -281,10 +281,11 @@ def load_run(folder: Path, step: int | str | None = None, last: bool = True) -> 
     Raises UserError for an absent folder, no checkpoint, no such step, and Damaged for a damaged checkpoint.
     """
     place = stage_of(Path(folder))
-    path = _checkpoint(place, step)
-    manifest = checkpoint.verify(path)
-    weights = checkpoint.read_network(path, "generator", None if last else "ema")
+    # All of it before anything is built: a run that still trains removes its old checkpoints.
+    path, manifest, state = checkpoint.steady(lambda: _checkpoint(place, step), _opened)
+    weights = checkpoint.network_in(state, path, "generator", None if last else "ema")
     (config,) = configs.load(place / "config.yaml")
+    hub.pin_as_recorded(place / "origin.json")
     used = _for_use(config)
     run = building.build(used if last else _without_average(used), idle=("fake_score",))
     run.config, player = used, run.players["generator"]
@@ -295,6 +296,10 @@ def load_run(folder: Path, step: int | str | None = None, last: bool = True) -> 
     for name, other in run.players.items():
         other.moves = manifest["moves"].get(name, 0)
     return run
+
+
+def _opened(path: Path) -> tuple[Path, dict[str, Any], Stored]:
+    return path, checkpoint.verify(path), stored.files([path / checkpoint.STATE])
 
 
 def _for_use(config: Config) -> Config:
@@ -328,11 +333,19 @@ def stage_of(folder: Path) -> Path:
 def _checkpoint(place: Path, step: int | str | None) -> Path:
     if step is None:
         return building.latest(place)
+    best: dict[str, Any] | None = None
     if step == "best":
         if not (place / "best.json").is_file():
             raise UserError(f"{place} has no best checkpoint: a run keeps one where evals.best names a hook")
-        step = json.loads((place / "best.json").read_text())["step"]
+        best = reading.fields(place / "best.json")
+        step = _counted(best)
     found = {int(path.name): path for path in checkpoint.available(place / "checkpoints")}
+    if step not in found and best is not None and isinstance(best.get("before"), dict):
+        step = _counted(best["before"])  # the new one is still being written
     if step not in found:
         raise UserError(f"{place} has no checkpoint of step {step}: it has {', '.join(map(str, found)) or 'none'}")
     return found[step]
+
+
+def _counted(row: dict[str, Any]) -> int | None:
+    return step if isinstance(step := row.get("step"), int) else None

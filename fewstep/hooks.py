@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fewstep import measure
+from fewstep import measure, reading
 from fewstep.build import Run
 from fewstep.config import HookConfig
 from fewstep.data.source import FolderSource, Source
@@ -125,7 +125,10 @@ class Hooks:
 
 
 class Best:
-    """The checkpoint with the best value so far of the number that `evals.best` names, kept in best.json."""
+    """The checkpoint with the best value so far of the number that `evals.best` names, kept in best.json.
+
+    There with the one `before` it: the file is written first, and until the checkpoint is, that one is the best.
+    """
 
     def __init__(self, run: Run, file: Path, done: int):
         self.name, self.file = run.config.evals.best, file
@@ -133,8 +136,9 @@ class Best:
         if self.name is not None:
             hook = run.config.evals.hooks[self.name.split("/")[0]]
             self.sign = -1 if METRICS[hook.metric].better == "higher" else 1
-            before = json.loads(file.read_text()) if file.is_file() else None
-            self.kept = before if before and before["step"] <= done else None
+            before = reading.fields(file) if file.is_file() else {}
+            rows = [row for row in (before, before.get("before")) if isinstance(row, dict) and _is_best(row)]
+            self.kept = next((row for row in rows if row["step"] <= done), None)
 
     @property
     def step(self) -> int | None:
@@ -148,7 +152,12 @@ class Best:
         value = numbers[self.name]
         if self.kept is not None and self.sign * value >= self.sign * self.kept["value"]:
             return False
-        self.kept = {"name": self.name, "value": value, "step": done}
+        before = {k: v for k, v in (self.kept or {}).items() if k != "before"}
+        self.kept = {"name": self.name, "value": value, "step": done, **({"before": before} if before else {})}
         if processes.leads():
             write_text(self.file, json.dumps(self.kept, indent=1))
         return True
+
+
+def _is_best(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("step"), int) and isinstance(row.get("value"), int | float)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from PIL import Image
 
+from fewstep import reading
+from fewstep.core.errors import UserError
 from fewstep.report.measures import Json, is_number
 from fewstep.train.rundir import RunDir
 
+FORMATS = ("PNG",)
 GRIDS = 24
 """the most grids of a training that a page holds"""
 
@@ -119,14 +121,13 @@ class _Reader:
         self.notes.append(f"{path.relative_to(self.root)} is there but cannot be read; it is left out.")
 
     def json(self, path: Path) -> Json:
+        if not path.exists():
+            return {}
         try:
-            value = json.loads(path.read_text()) if path.exists() else {}
-        except (OSError, ValueError):
-            value = None
-        if not isinstance(value, dict):
+            return reading.fields(path, finite=False)
+        except UserError:
             self.broken(path)
             return {}
-        return value
 
     def table(self, path: Path) -> Json | None:
         table = self.json(path)
@@ -139,12 +140,10 @@ class _Reader:
         if not path.exists():
             return "", {}
         try:
-            text = path.read_text()
-            value = OmegaConf.to_container(OmegaConf.create(text))
-        except Exception:
+            return reading.text(path), reading.settings(path)
+        except UserError:
             self.broken(path)
             return "", {}
-        return text, value if isinstance(value, dict) else {}  # type: ignore[return-value]
 
     def joined(self) -> tuple[list[Json], list[Json], int]:
         """Logs and evaluations of the stages, counted on from one to the next, and the steps before the last stage."""
@@ -153,21 +152,26 @@ class _Reader:
         step = images = 0
         for part in self.parts:
             step, images = (log[-1].get("step", 0), log[-1].get("images", 0)) if log else (0, 0)
-            for rows, name in ((log, "log.jsonl"), (evals, "evals.jsonl")):
+            # Of a run that trains every evaluation then has its step in the log.
+            for rows, name in ((evals, "evals.jsonl"), (log, "log.jsonl")):
                 for row in self.rows(part, name):
-                    on = {key: row[key] + more for key, more in (("step", step), ("images", images)) if key in row}
-                    rows.append(row | on)
+                    counts = {
+                        key: more for key, more in (("step", step), ("images", images)) if is_number(row.get(key))
+                    }
+                    rows.append(row | {key: row[key] + more for key, more in counts.items()})
         return log, evals, step
 
     def rows(self, part: RunDir, name: str) -> list[Json]:
         """The lines of a log that count steps; notes where it breaks off."""
         path = part.root / name
         try:
-            rows, lines = part.rows(name), len(path.read_text().splitlines()) if path.exists() else 0
-        except (OSError, ValueError):
+            rows, lines = part.rows_of(name)
+        except UserError:
             self.broken(path)
             return []
-        if len(rows) < lines:
+        if lines and not rows:
+            self.broken(path)
+        elif len(rows) < lines:
             where = path.relative_to(self.root)
             self.notes.append(f"{where} breaks off: line {len(rows) + 1} of {lines} cannot be read; it ends there.")
         return [row for row in rows if isinstance(row, dict) and is_number(row.get("step"))]
@@ -177,6 +181,9 @@ class _Reader:
         names, asked = told.get("names"), told.get("asked")
         if not (isinstance(names, dict) and isinstance(asked, list) and names):
             return None
+        if not all(map(reading.is_name, names)):
+            self.broken(folder / "pairs.json")
+            return None
         files = [tuple(folder / f"{key}_{i:02d}.png" for i in range(len(asked))) for key in names]
         if all(path.is_file() and self.opens(path) for row in files for path in row):
             return Pairs(tuple(map(str, names.values())), tuple(map(str, asked)), tuple(files))
@@ -185,12 +192,25 @@ class _Reader:
 
     def opens(self, path: Path) -> bool:
         try:
-            with Image.open(path) as picture:
-                picture.verify()
-        except (OSError, ValueError, SyntaxError):
+            if not path.resolve().is_relative_to(self.root.resolve()):
+                raise OSError("it lies outside of the run")
+            drawn(path)
+        except (OSError, UserError, RuntimeError):  # RuntimeError: a link to itself
             self.broken(path)
             return False
         return True
+
+
+def drawn(path: Path) -> Image.Image:
+    """A picture of a page, decoded. Raises OSError or UserError for anything else than a whole PNG."""
+    content = reading.content(path, reading.PICTURE)
+    try:
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)  # some of the other formats are programs
+        reading.sized(picture.size, len(content))
+        picture.load()
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise OSError(str(error)) from None
+    return picture
 
 
 def thin(paths: Sequence[Path], most: int) -> list[Path]:

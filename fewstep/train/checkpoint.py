@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,8 @@ from fewstep.core.errors import UserError
 from fewstep.train import parallel, processes, stored
 from fewstep.train.player import Player
 from fewstep.train.stored import Stored
+
+T = TypeVar("T")
 
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
@@ -173,7 +175,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Puts `text` in the place of the file `path`, whole or not at all: what was there before stays until then."""
-    aside = path.with_name(f".{path.name}{ASIDE}")
+    aside = path.with_name(f".{os.getpid()}.{path.name}{ASIDE}")  # two commands may write the same report
     try:
         with aside.open("w") as file:
             file.write(text)
@@ -224,21 +226,21 @@ def wrong(path: Path) -> str | None:
         return f"{MANIFEST} cannot be read"
     for name, expected in sums.items():
         try:
+            reading.safetensors(path / name)  # a device, or a file that is all hole, would never end
             found = sha256(path / name)
         except (OSError, UserError):
-            reading.safetensors(path / name)  # a device, or a file that is all hole, would never end
             found = ""
         if found != expected:
             return f"{name} is not what was written"
     return None
 
 
-def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` whose files are whole."""
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` whose files are whole."""
     return next((path for path in reversed(available(folder)) if wrong(path) is None), None)
 
 
@@ -247,12 +249,23 @@ def load(path: Path, players: Mapping[str, Player], extra: nn.Module) -> int:
     manifest = verify(path)
     restore(stored.files([path / STATE]), players, extra)
     for name, player in players.items():
-        player.moves = manifest["moves"][name]
-        if player.moves and not player.optimizer.state:
         if name not in manifest["moves"]:
             raise Damaged(f"the checkpoint {path} does not say how often the player {name} has moved")
+        player.moves = manifest["moves"][name]
+        if player.moves and not player.optimizer.state:
             raise Damaged(f"the checkpoint {path} holds no optimizer state of the player {name}")
     return manifest["step"]
+
+
+def steady(choose: Callable[[], Path], read: Callable[[Path], T]) -> T:
+    """What `read` finds in the checkpoint that `choose` names: the next one, where a run that trains removes that."""
+    while True:
+        path = choose()
+        try:
+            return read(path)
+        except (UserError, OSError):
+            if path.exists():
+                raise
 
 
 def prune(newest: Path, keep: int, best: int | None = None) -> None:
@@ -292,7 +305,11 @@ def tidy(folder: Path) -> None:
 def read_network(path: Path, player: str, follower: str | None) -> Stored:
     """The weights of one network of a verified checkpoint: the follower's when asked for and there."""
     verify(path)
-    state = stored.files([path / STATE])
+    return network_in(stored.files([path / STATE]), path, player, follower)
+
+
+def network_in(state: Stored, path: Path, player: str, follower: str | None) -> Stored:
+    """The same of a `state` that was read from `path`."""
     for part in ([f"follower.{follower}"] if follower else []) + ["network"]:
         if found := state.under(f"{player}/{part}/"):
             return found

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any
 
 import torch
 
+from fewstep import reading
 from fewstep.core.errors import UserError
 from fewstep.train import processes
 from fewstep.train.checkpoint import ASIDE, tidy, write_text
+
+_LOOKS = 5
 
 
 class RunDir:
@@ -56,22 +60,38 @@ class RunDir:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The JSON lines of `name`; a last line cut short by a crash is left out."""
-        path = self.root / name
-        rows = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        return self.rows_of(name)[0]
+
+    def rows_of(self, name: str) -> tuple[list[dict[str, Any]], int]:
+        """`rows`, and how many lines there are."""
+        rows: list[dict[str, Any]] = []
+        lines = self._lines(self.root / name)
+        for line in lines:
             try:
-                rows.append(json.loads(line))
+                rows.append(reading.parsed(line, finite=False))  # a loss that is NaN is worth its line
             except ValueError:
                 break
-        return rows
+        return rows, len(lines)
+
+    @staticmethod
+    def _lines(path: Path) -> list[str]:
+        """Raises UserError for what is no file that a log can be."""
+        text = ""
+        for _ in range(_LOOKS):
+            text = reading.content(path, reading.LINES).decode(errors="replace") if path.exists() else ""
+            if not text or text.endswith("\n"):
+                break
+            time.sleep(0.01)  # a run that trains may just be writing its last line
+        return text.splitlines()
 
     def truncate(self, name: str, step: int) -> int:
         """Drops the lines of steps that a resumed run will play again; says how many, one cut short among them."""
         path = self.root / name
         if not processes.leads() or not path.exists():
             return 0
-        before = path.read_text(errors="replace")
-        kept = [row for row in self.rows(name) if row["step"] <= step]
+        before = reading.content(path, reading.LINES).decode(errors="replace")
+        told = (row for row in self.rows(name) if isinstance(row, dict) and isinstance(row.get("step"), int))
+        kept = [row for row in told if row["step"] <= step]
         after = "".join(json.dumps(row) + "\n" for row in kept)
         if after != before:
             write_text(path, after)
@@ -80,7 +100,7 @@ class RunDir:
     def note_protocols(self, protocols: Mapping[str, Any]) -> None:
         """Adds to protocols.json what the numbers of evals.jsonl are of."""
         file = self.root / "protocols.json"
-        before = json.loads(file.read_text()) if file.is_file() else {}
+        before = reading.fields(file) if file.is_file() else {}
         if processes.leads() and before != {**before, **protocols}:
             write_text(file, json.dumps({**before, **protocols}, indent=1))
 

@@ -24,7 +24,7 @@ def test_every_kind_of_file_is_among_the_write_sites(server: Server, gan: Whole,
 @pytest.mark.parametrize(
     "ending, half",
     [
-        pytest.param("stage_1/.config.yaml.partial", False, marks=pytest.mark.slow),
+        pytest.param(".config.yaml.partial", False, marks=pytest.mark.slow),
         pytest.param("shard-00001.safetensors.partial", False, marks=pytest.mark.slow),
         ("stage_2/log.jsonl", True),
         pytest.param("evals.jsonl", False, marks=pytest.mark.slow),
