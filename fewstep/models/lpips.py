@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -84,7 +85,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"there are no weights of LPIPS at {path}: fetch them once, or use another distance")
     if path.suffix == ".safetensors":
         return reading.tensors(path)
-    reading.unpacks(path)
+    reading.plain(path, reading.ARCHIVE)
+    if zipfile.is_zipfile(path):  # files of torch before 1.6 are none
+        reading.unpacks(path)
     try:
         state = torch.load(path, "cpu", weights_only=True)
     except Exception:  # its advice is to let the file run its code

@@ -149,9 +149,10 @@ class _Reader:
         """Logs and evaluations of the stages, counted on from one to the next, and the steps before the last stage."""
         log: list[Json] = []
         evals: list[Json] = []
-        step = images = 0
+        step = 0
         for part in self.parts:
-            step, images = (log[-1].get("step", 0), log[-1].get("images", 0)) if log else (0, 0)
+            ended = log[-1] if log else {}
+            step, images = (ended[key] if is_number(ended.get(key)) else 0 for key in ("step", "images"))
             # Of a run that trains every evaluation then has its step in the log.
             for rows, name in ((evals, "evals.jsonl"), (log, "log.jsonl")):
                 for row in self.rows(part, name):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from fewstep.report.found import Found, Pairs
+from fewstep import reading
+from fewstep.report.found import Found, Pairs, drawn
 from fewstep.report.html import Html, joined, tag
 
 _TILE, _GRID = 256, 1200
@@ -20,12 +21,12 @@ _AT_ONCE = 12
 
 def embedded(path: Path, widest: int) -> tuple[str, bool]:
     """A data URI of a picture, made smaller where it is wider than `widest`; and whether its pixels are few."""
-    with Image.open(path) as picture:
-        crisp = picture.width <= _CRISP
-        if picture.width <= widest and picture.format == "PNG":
-            return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode(), crisp
-        height = max(1, round(picture.height * widest / picture.width))
-        small = picture.convert("RGB").resize((widest, height), Image.Resampling.LANCZOS)
+    picture = drawn(path)
+    crisp = picture.width <= _CRISP
+    if picture.width <= widest:
+        return "data:image/png;base64," + base64.b64encode(reading.content(path, reading.PICTURE)).decode(), crisp
+    height = max(1, round(picture.height * widest / picture.width))
+    small = picture.convert("RGB").resize((widest, height), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(), crisp

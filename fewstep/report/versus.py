@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import ImageChops
 
 from fewstep.report import curves, pictures, tables
 from fewstep.report.charts import SERIES
-from fewstep.report.found import Found, Pairs
+from fewstep.report.found import Found, Pairs, drawn
 from fewstep.report.html import Html, joined, tag
 from fewstep.report.measures import Json, shown
 from fewstep.report.page import notes, progress, section, sentence, shell
@@ -135,10 +135,10 @@ def _together(paired: Mapping[str, Pairs]) -> Pairs | None:
 
 def _alike(one: Path, other: Path) -> bool:
     """Whether two pictures are the same but for rounding: at most 4 of 255."""
-    with Image.open(one) as a, Image.open(other) as b:
-        if a.size != b.size or a.mode != b.mode:
-            return False
-        ends = np.asarray(ImageChops.difference(a, b))
+    a, b = drawn(one), drawn(other)
+    if a.size != b.size or a.mode != b.mode:
+        return False
+    ends = np.asarray(ImageChops.difference(a, b))
     return int(ends.max()) <= 4
 
 
