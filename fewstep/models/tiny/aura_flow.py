@@ -18,10 +18,10 @@ def aura_flow() -> Any:
         out_channels=4,
         num_mmdit_layers=1,
         num_single_dit_layers=3,
-        attention_head_dim=12,
+        attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=16,
-        caption_projection_dim=24,
+        caption_projection_dim=32,
         pos_embed_max_size=64,
     )
     return diffusers.AuraFlowPipeline(
