@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -86,7 +85,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return reading.tensors(path)
     reading.plain(path, reading.ARCHIVE)
-    if zipfile.is_zipfile(path):  # files of torch before 1.6 are none
+    with path.open("rb") as file:
+        packed = file.read(4) == b"PK\x03\x04"  # files of torch before 1.6 are no archives
+    if packed:
         reading.unpacks(path)
     try:
         state = torch.load(path, "cpu", weights_only=True)
