@@ -13,7 +13,7 @@ from fewstep.core.errors import UserError
 
 MORE = 2**30
 """bytes of address space that a case may take beyond what the process has already"""
-LONGEST = 10.0
+LONGEST = 30.0
 """seconds of a case"""
 
 

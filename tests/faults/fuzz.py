@@ -24,7 +24,7 @@ CASES = int(os.environ.get("FUZZ_CASES", 1_000_000))
 """of the soak, over all readers"""
 MEMORY = 2**30
 SLOW = 2.0
-"""seconds after which a case counts as one that does not end in time"""
+"""seconds of the processor after which a case counts as one that does not end in time"""
 _BATCH = 20_000
 
 WORDS = (
@@ -135,9 +135,9 @@ class Fuzzed:
             for number in numbers:
                 content = case(self.reader, number, self.sound, others)
                 self.file.write_bytes(content)
-                began = time.perf_counter()
+                began = time.process_time()
                 end = ending(lambda: self.reader.read(self.folder))
-                seconds = time.perf_counter() - began
+                seconds = time.process_time() - began
                 ends["read" if end is None else "refused"] += 1
                 if isinstance(end, BaseException):
                     wrong.append(f"{self.reader.name}, case {number}: {type(end).__name__}: {str(end)[:200]}")
