@@ -33,7 +33,9 @@ def train(args: argparse.Namespace) -> None:
             _furnish(args, configs, Path(folder))
             finish.dry_run(configs)
         return
-    with processes.started(build.pick_device(configs[0].device), configs[0].timeout), Interrupts() as interrupts:
+    device, timeout = build.pick_device(configs[0].device), configs[0].timeout
+    # Outermost: a launcher that ends all processes lets this one say first which of them was lost.
+    with Interrupts() as interrupts, processes.started(device, timeout):
         root = processes.from_leader(lambda: _place(args, configs[0].name)[0])
         with lock.held(root):
             # Only now nobody else adds to what is there, or takes from it.

@@ -204,11 +204,11 @@ def soak(folder: Path) -> dict[str, Any]:
         rounds = 10
         for i in range(rounds):
             faults += at_once(server, folder, f"at_once_{i}", 4)
-        commands, wrong = real(server, folder, 60)
+        commands, wrong = real(server, folder, 40)
         faults += wrong
         run = finished(server, folder)
         with written(run):
-            looked, wrong = reads(run, 120, folder / "page.html")
+            looked, wrong = reads(run, 60, folder / "page.html")
         faults += wrong
         written_steps = int(checkpoint.available(run / "checkpoints")[-1].name)
     figures = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -199,22 +200,45 @@ def by_torchrun(folder: Path, number: signal.Signals, rank: int, timeout: float)
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (folder / f"{out}.said").open("w") as said:
         agent = subprocess.Popen(asked, cwd=ROOT, env=settings, stdout=said, stderr=said, start_new_session=True)
+    started = [str(agent.pid)]
     try:
         await_steps(folder / out, 3)
-        victim = next(pid for pid in session(agent.pid) if f"\0RANK={rank}\0" in environment(pid))
+        started = family(agent.pid)
+        victim = next(pid for pid in started if f"\0RANK={rank}\0" in environment(pid))
         began = time.monotonic()
         os.kill(int(victim), number)
         code = agent.wait(timeout + 60)  # torchrun gives the stopped one half a minute
         seconds = time.monotonic() - began
     finally:
-        left = session(agent.pid)
+        left = [pid for pid in {*started, *family(agent.pid)} if out in arguments_of(pid)]
         for pid in left:
             os.kill(int(pid), signal.SIGKILL)
+        agent.wait()
     text = (folder / f"{out}.said").read_text(errors="replace")
     wrong = [f"{pid} is left" for pid in left] + ([] if code else ["torchrun ended as if nothing had been"])
     if not re.search(rf"fewstep[^:\n]*: process {rank} (has gone|did not answer)", text):
         wrong.append(f"no sentence: {text[-2000:]}")
     return wrong, seconds
+
+
+def family(pid: int) -> list[str]:
+    """A process and all below it."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[file.parent.name] = status(file)[1]
+    found = [str(pid)]
+    for parent in found:  # it grows
+        found += [child for child, of in parents.items() if of == parent]
+    return found
+
+
+def arguments_of(pid: str) -> str:
+    """What a process was started with; nothing for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def free_port() -> str:
