@@ -259,4 +259,9 @@ def soak(folder: Path) -> dict[str, Any]:
         tried += 1
         shutil.rmtree(place, ignore_errors=True)
     assert not wrong, "\n".join(wrong)
-    return {"readers": len(READERS), "kinds of hostile files": len(KINDS), "tried": tried, "ended otherwise than promised": 0}
+    return {
+        "readers": len(READERS),
+        "kinds of hostile files": len(KINDS),
+        "tried": tried,
+        "ended otherwise than promised": 0,
+    }
