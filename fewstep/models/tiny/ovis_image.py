@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import transformers
 
-from fewstep.models.tiny.parts import BYTES, chat_tokenizer, image_vae
+from fewstep.models.tiny.parts import chat_tokenizer, image_vae, qwen3
 
 
 def ovis_image() -> Any:
@@ -21,20 +20,11 @@ def ovis_image() -> Any:
         joint_attention_dim=16,
         axes_dims_rope=(4, 4, 4),
     )
-    reader = transformers.Qwen3Config(
-        vocab_size=len(BYTES) + 3,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
     shifting = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
     return diffusers.OvisImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shifting),
         vae=image_vae(scaling_factor=1.5, shift_factor=0.1),
-        text_encoder=transformers.Qwen3Model(reader),
+        text_encoder=qwen3(),
         tokenizer=chat_tokenizer(),
         transformer=transformer,
     )

@@ -63,20 +63,25 @@ def t5(config: Any, model: Any, width: int) -> nn.Module:
     return model(config(**sizes, dropout_rate=0.1))
 
 
+_CHAT = {
+    "vocab_size": len(BYTES) + 3,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
 def gemma() -> Any:
-    config = transformers.Gemma2Config(
-        vocab_size=len(BYTES) + 3,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        query_pre_attn_scalar=8,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return transformers.Gemma2Model(config)
+    return transformers.Gemma2Model(transformers.Gemma2Config(**_CHAT, query_pre_attn_scalar=8))
+
+
+def qwen3() -> Any:
+    return transformers.Qwen3Model(transformers.Qwen3Config(**_CHAT))
 
 
 def image_vae(levels: int = 2, **changes: Any) -> nn.Module:

@@ -5,24 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import transformers
 
-from fewstep.models.tiny.parts import BYTES, chat_tokenizer, image_vae
-
-
-def _reader() -> Any:
-    config = transformers.Qwen3Config(
-        vocab_size=len(BYTES) + 3,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return transformers.Qwen3Model(config)
+from fewstep.models.tiny.parts import chat_tokenizer, image_vae, qwen3
 
 
 def z_image() -> Any:
@@ -40,7 +24,7 @@ def z_image() -> Any:
     return diffusers.ZImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=image_vae(scaling_factor=1.5, shift_factor=0.1),
-        text_encoder=_reader(),
+        text_encoder=qwen3(),
         tokenizer=chat_tokenizer(),
         transformer=transformer,
     )
