@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fewstep import build, measure
 from fewstep.build import Run
-from fewstep.config import Config, check_samples
+from fewstep.config import FEWEST_SAMPLES, Config, check_samples
 from fewstep.core.errors import UserError
 from fewstep.export import export, load_run
 from fewstep.train.checkpoint import write_text
@@ -44,6 +44,8 @@ def evaluate(folder: Path, step: int | str | None, samples: int) -> None:
     from fewstep import report
 
     check_samples("--samples", samples)
+    if not samples:
+        raise UserError(f"--samples 0 leaves nothing to measure: give at least {FEWEST_SAMPLES} images")
     run = load_run(folder, step)
     table = measure.table(run, samples)
     write_text(folder / "table.json", json.dumps(table, indent=1))

@@ -185,7 +185,7 @@ def real(server: Server, folder: Path, seconds: float) -> tuple[int, list[str]]:
     (run,), count, wrong = (folder / "real").iterdir(), 0, list[str]()
     began = time.monotonic()
     while time.monotonic() - began < seconds:
-        for asked in (["report", str(run)], ["eval", str(run), "--samples", "0"], ["doctor", str(run)]):
+        for asked in (["report", str(run)], ["eval", str(run), "--samples", "36"], ["doctor", str(run)]):
             done = server.run(asked)
             allowed = (0, 1) if asked[0] == "doctor" else (0,)
             wrong += [] if done.code in allowed else [f"{asked[0]} ended with {done.code}: {done.errors[-500:]}"]
@@ -204,7 +204,7 @@ def soak(folder: Path) -> dict[str, Any]:
         rounds = 10
         for i in range(rounds):
             faults += at_once(server, folder, f"at_once_{i}", 4)
-        commands, wrong = real(server, folder, 40)
+        commands, wrong = real(server, folder, 30)
         faults += wrong
         run = finished(server, folder)
         with written(run):

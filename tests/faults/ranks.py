@@ -261,7 +261,7 @@ def environment(pid: str) -> str:
         return ""
 
 
-ROUNDS = ((STEP, 0, 2), (EVALUATION, 1, 2), (SAVING, 0, 2), (STEP, 1, 3))
+ROUNDS = ((STEP, 0, 2), (EVALUATION, 1, 2), (SAVING, 1, 3))
 """where a process is lost, which one, and of how many"""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep import finish
 from fewstep.core.errors import UserError
 from fewstep.train import checkpoint, lock
 from tests.faults import concurrency
@@ -90,3 +91,8 @@ def test_of_a_checkpoint_that_is_removed_while_it_is_read_the_next_is_taken(tmp_
     (tmp_path / "0000003" / checkpoint.STATE).write_bytes(b"damaged")
     with pytest.raises(checkpoint.Damaged):
         checkpoint.steady(lambda: checkpoint.available(tmp_path)[-1], read)
+
+
+def test_an_evaluation_of_no_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--samples 0 leaves nothing to measure"):
+        finish.evaluate(tmp_path, None, 0)
