@@ -174,7 +174,7 @@ def find(source: str, revision: str | None = None) -> Pipeline:
 
 def _known(pipeline: Pipeline) -> Pipeline:
     """The pipeline, if it is one of a library. Raises UserError for one that brings its own code."""
-    if not isinstance(pipeline.index.get("_class_name"), str):
+    if not isinstance(pipeline.index.get("_class_name", ""), str):
         raise UserError(
             f"the model_index.json of {pipeline.source} names no pipeline of diffusers but code of its own, and no "
             "code of a pipeline is run: give one of diffusers"

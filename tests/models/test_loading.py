@@ -120,13 +120,13 @@ def test_a_strange_index_is_refused(node: Any, part: str, pipeline: Path) -> Non
 @pytest.mark.parametrize("config", ["unet/config.json", "scheduler/scheduler_config.json"])
 def test_a_corrupt_part_of_a_pipeline_is_named(config: str, pipeline: Path) -> None:
     (pipeline / config).write_text("{")
-    refused(pipeline, "(UNet2DModel|DDIMScheduler) cannot be loaded from .*pipeline")
+    refused(pipeline, f"pipeline/{config} cannot be read: .*: the model folder is not whole")
 
 
 def test_another_class_is_refused_with_the_table(bare: Path) -> None:
     config = json.loads((bare / "config.json").read_text())
     (bare / "config.json").write_text(json.dumps({**config, "_class_name": "UNet3DConditionModel"}))
-    refused(bare, "no row for the class 'UNet3DConditionModel': it can use DiTTransformer2DModel, .*UNet2DModel")
+    refused(bare, "no row for the class 'UNet3DConditionModel': it can use .*DiTTransformer2DModel, .*UNet2DModel")
 
 
 @pytest.mark.parametrize("keep", [0, 40, 4000])
@@ -196,7 +196,7 @@ def test_a_new_network_is_built_from_its_arguments() -> None:
 @pytest.mark.parametrize(
     "network, match",
     [
-        ({}, "needs a class: one of DiT"),
+        ({}, "needs a class: one of .*DiT"),
         ({"class": "VQModel"}, "no row for the class 'VQModel'"),
         ({"class": "UNet2DModel", "wings": 2}, "cannot be built: .*wings"),
         ({"class": "UNet2DModel", "block_out_channels": [32]}, "cannot be built: Must provide the same number"),

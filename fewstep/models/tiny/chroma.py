@@ -1,4 +1,4 @@
-"""Chroma."""
+"""Chroma, with a T5 for its only reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DiT, with a VAE."""
+"""DiT on the latents of a VAE, told labels."""
 
 from __future__ import annotations
 

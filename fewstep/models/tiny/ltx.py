@@ -1,4 +1,4 @@
-"""LTX-Video."""
+"""LTX-Video, with a T5 for a reader."""
 
 from __future__ import annotations
 

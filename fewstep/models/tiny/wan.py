@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2."""
+"""Wan 2.1 and 2.2, by one network or two experts."""
 
 from __future__ import annotations
 
