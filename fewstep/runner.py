@@ -22,7 +22,7 @@ from fewstep.health.alarms import Alarms
 from fewstep.hooks import Best, Hooks
 from fewstep.models import hub, loading
 from fewstep.objectives import base as objectives
-from fewstep.train import checkpoint, processes
+from fewstep.train import checkpoint, processes, soundness
 from fewstep.train.checkpoint import write_text
 from fewstep.train.interrupts import Interrupts, Stopped
 from fewstep.train.loop import Logs, train
@@ -165,6 +165,7 @@ class Training:
         return self.best.improved(done, numbers)
 
     def save(self, done: int) -> Path:
+        soundness.check(self.run.players, done)
         began = time.perf_counter()
         path = checkpoint.save(self.folder.checkpoints, done, self.run.players, self.run.objective)
         if processes.leads():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.core.batch import Batch
 from fewstep.objectives.base import Objective, Share, Turn
-from fewstep.train import parallel, processes
+from fewstep.train import parallel, processes, soundness
 from fewstep.train.player import NonFinite, Player
 
 Logs = dict[str, float]
@@ -23,9 +23,10 @@ def train_step(objective: Objective, micro_batches: Sequence[Batch], step: int, 
 
     Each micro-batch's loss is differentiated as soon as it is yielded, so that only one graph is alive; when all
     have yielded a turn, its player moves. Over several processes a batch, its means and its moves are those of all.
-    Raises NonFinite for a loss or gradient that is not finite.
+    Raises NonFinite, before the player moves, where data, a loss, a gradient or what a move goes on from is not finite.
     """
     count = len(micro_batches)
+    sound = parallel.largest(tensor for _, tensor in soundness.given(micro_batches))
     turns = [objective.turns(batch, step) for batch in micro_batches]
     logs: dict[str, list[Tensor]] = defaultdict(list)
     result: Logs = {}
@@ -41,7 +42,8 @@ def train_step(objective: Objective, micro_batches: Sequence[Batch], step: int, 
             if isinstance(played, Turn):
                 player = players[played.player]
                 parallel.synchronise(player.modules, played.move and i == count - 1)
-                backward(played, count, step, player, fresh)
+                refuse(played, sound, objective, micro_batches, step, players)
+                backward(played, count, player, fresh)
                 for name, value in {**played.logs, f"{played.player}/loss": played.loss}.items():
                     logs[name].append(value.detach().float())
             asked.append(played)
@@ -51,7 +53,7 @@ def train_step(objective: Objective, micro_batches: Sequence[Batch], step: int, 
         answer = shared([share.value for share in asked]) if isinstance(asked[0], Share) else None
         if isinstance(asked[0], Turn) and asked[0].move:
             player = players[asked[0].player]
-            result[f"{player.name}/grad_norm"] = player.move(step)
+            result[f"{player.name}/grad_norm"] = moved(player, step)
             fresh.discard(player.name)
     return result | averaged(logs)
 
@@ -68,15 +70,38 @@ def averaged(logs: Mapping[str, Sequence[Tensor]]) -> Logs:
     return dict(zip(logs, everywhere.tolist(), strict=True))
 
 
-def backward(turn: Turn, count: int, step: int, player: Player, fresh: set[str]) -> None:
-    """Adds the gradient of one micro-batch to `player`, after clearing what earlier turns left on it."""
-    loss = processes.mean(turn.loss.detach()).item()
+def refuse(
+    turn: Turn, sound: Tensor, objective: Objective, batches: Sequence[Batch], step: int, players: Mapping[str, Player]
+) -> None:
+    """Raises NonFinite, in all processes, where the loss is not finite or the data was not `sound`."""
+    both = torch.stack([turn.loss.detach().float(), sound.to(turn.loss.device)])
+    loss, data = processes.mean(both).tolist()
+    if not math.isfinite(data):
+        wrong = soundness.first_of(soundness.given(batches))
+        raise NonFinite(f"{wrong} is not finite at step {step}: nothing was moved")
     if not math.isfinite(loss):
-        raise NonFinite(f"the loss of player {turn.player} is {loss} at step {step}: nothing was moved")
+        wrong = soundness.first_of(soundness.kept(players)) or soundness.first_output(objective, batches, step)
+        raise NonFinite(
+            f"the loss of player {turn.player} is {loss} at step {step}: nothing was moved; the first that is not "
+            f"finite is {wrong or 'the loss itself'}"
+        )
+
+
+def backward(turn: Turn, count: int, player: Player, fresh: set[str]) -> None:
+    """Adds the gradient of one micro-batch to `player`, after clearing what earlier turns left on it."""
     if player.name not in fresh:
         player.clear()
         fresh.add(player.name)
     (turn.loss / count).backward()
+
+
+def moved(player: Player, step: int) -> float:
+    """Moves `player`. Returns its gradient's norm; raises NonFinite, naming the tensor, where that is not finite."""
+    try:
+        return player.move(step)
+    except NonFinite as error:
+        wrong = soundness.first_of(soundness.behind(player))
+        raise NonFinite(f"{error}; the first that is not finite is {wrong}") from None
 
 
 def train(

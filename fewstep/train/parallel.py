@@ -6,6 +6,7 @@ Everything else (heads, dials) is whole in every process: equal at the start, it
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -159,19 +160,39 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 def clip(parameters: Sequence[Tensor], limit: float) -> float:
     """Scales the gradients down to a norm of `limit` over all processes. Returns the norm before, equal on all.
 
-    A shard counts in each of its replicas, a replicated parameter in every process: each by its part.
+    A shard counts in each of its replicas, a replicated parameter in every process: each by its part. Gradients whose
+    norm is not finite are left as they are.
     """
-    if processes.size() == 1:
-        return torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True).item()
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if processes.size() == 1:
+        total = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if math.isfinite(norm := total.item()):
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total, foreach=True)
+        return norm
     copies = [_copies(p) for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients)).double()
     squares = norms.square() / norms.new_tensor(copies)
     norm = (processes.mean(squares.sum()) * processes.size()).sqrt().item()
-    torch._foreach_mul_(gradients, min(1.0, limit / (norm + 1e-6)))
+    if math.isfinite(norm):
+        torch._foreach_mul_(gradients, min(1.0, limit / (norm + 1e-6)))
     return norm
 
 
 def _copies(parameter: Tensor) -> int:
     """How many processes hold the same part of `parameter`."""
     return parameter.device_mesh.size(0) if is_sharded(parameter) else processes.size()  # type: ignore[attr-defined]
+
+
+def largest(tensors: Iterable[Tensor]) -> Tensor:
+    """A number () that is finite where all values of this process are, without asking the device for it."""
+    parts = [local(tensor.detach()) for tensor in tensors]
+    parts = [part for part in parts if part.numel() and part.is_floating_point()]
+    if not parts:
+        return torch.zeros(())
+    # Largest values, for squares of large ones overflow; each by a zero, for their sum might.
+    return (torch.stack(torch._foreach_norm(parts, ord=torch.inf)).float() * 0).sum()
+
+
+def finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values of all processes are. Every process has to ask."""
+    return math.isfinite(processes.mean(largest(tensors)).item())

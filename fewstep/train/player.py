@@ -56,7 +56,7 @@ class PlayerConfig:
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient that is not a number; names the player and the step."""
+    """A value that is not finite: names the player, the step and, where one is known, the tensor."""
 
 
 class Follower:
@@ -137,7 +137,9 @@ class Player:
 
     def enlist(self) -> None:
         """Takes the trainable parameters that the modules have now, with a fresh optimizer; again once sharded."""
-        self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        # Sharded modules show other tensors while they are put together for a pass.
+        self.learnt = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in self.learnt]
         if not self.parameters:
             raise UserError(f"the player {self.name} has no trainable parameter")
         # The fused step takes shards or whole tensors, but no mixture.
@@ -156,6 +158,14 @@ class Player:
             for name, parameter in module.named_parameters():
                 yield f"{i}.{name}", parameter
 
+    def carried(self) -> Iterator[tuple[str, Tensor]]:
+        """What a move goes on from beside weights and gradients, with its names: moments, then followers."""
+        for name, parameter in self.learnt:
+            moments = self.optimizer.state.get(parameter, {})
+            yield from ((f"{kind} of {name}", moments[kind]) for kind in ("exp_avg", "exp_avg_sq") if kind in moments)
+        for label, follower in self.followers.items():
+            yield from ((f"{name} of {label}", value) for name, value in follower.module.named_parameters())
+
     def learning_rate(self) -> float:
         """The rate of the next move."""
         c, n = self.config, self.moves
@@ -170,12 +180,17 @@ class Player:
     def move(self, step: int) -> float:
         """Clips, steps and lets the followers follow. Returns the gradient norm before clipping.
 
-        Raises NonFinite in every process, leaving weights and optimizer untouched, when the norm is not finite.
+        Raises NonFinite in every process, leaving weights, optimizer and followers untouched, when the norm or what is
+        carried is not finite.
         """
         parallel.average_gradients(self.parameters)
         norm = parallel.clip(self.parameters, self.config.clip)
         if not math.isfinite(norm):
             raise NonFinite(f"the gradient of player {self.name} is {norm} at step {step}: the move was refused")
+        if not parallel.finite(tensor for _, tensor in self.carried()):
+            raise NonFinite(
+                f"moments or followers of player {self.name} are not finite at step {step}: the move was refused"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         parallel.reshard(self.modules)

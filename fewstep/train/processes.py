@@ -111,6 +111,14 @@ def either(flag: bool) -> bool:
     return mean(torch.tensor(float(flag))).item() > 0
 
 
+def first(found: T | None) -> T | None:
+    """What the first process that has found something has found, in all of them."""
+    everyone: list[T | None] = [found] * size()
+    if size() > 1:
+        dist.all_gather_object(everyone, found)
+    return next((one for one in everyone if one is not None), None)
+
+
 def from_leader(decide: Callable[[], T]) -> T:
     """What `decide()` says in the leader; the others do not call it."""
     answer: list[Any] = [decide() if leads() else None]

@@ -168,9 +168,20 @@ def mishaps(last: bool) -> Iterator[tuple[str, str]]:
     same = all(torch.equal(parallel.local(p), b) for p, b in zip(player.parameters, before, strict=True))
     yield "untouched", str(same)
     batch = tiny.batch(one, 2, torch.arange(2))
+    clean = batch.noise.clone()
     if last:
         batch.noise.fill_(math.nan)
-    yield "bad_loss", message(lambda: train_step(one.objective, [batch], 2, one.players))
+    yield "bad_data", message(lambda: train_step(one.objective, [batch], 2, one.players))
+    batch.noise.copy_(clean)
+    for parameter in player.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    if last:
+        next(iter(player.optimizer.state.values()))["exp_avg"].fill_(math.nan)
+    yield "bad_moment", message(lambda: player.move(18))
+    if last:
+        next(iter(player.optimizer.state.values()))["exp_avg"].zero_()
+        parallel.local(next(one.objective.triad.real_score.parameters()).detach()).fill_(math.nan)
+    yield "bad_teacher", message(lambda: train_step(one.objective, [batch], 2, one.players))
     yield "other_config", message(lambda: processes.refuse_differences("b" if last else "a"))
     yield "same_config", message(lambda: processes.refuse_differences("a"))
     own = processes._source

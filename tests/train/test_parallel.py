@@ -112,7 +112,9 @@ def test_each_process_holds_its_half(ranks: list[dict[str, Any]]) -> None:
     [
         ("bad_gradient", "NonFinite: the gradient of player generator is nan at step 17: the move was refused"),
         ("untouched", "True"),
-        ("bad_loss", "NonFinite: the loss of player generator is nan at step 2: nothing was moved"),
+        ("bad_data", "NonFinite: data: noise is not finite at step 2: nothing was moved"),
+        ("bad_moment", "NonFinite: moments or followers of player generator are not finite at step 18: the move was "),
+        ("bad_teacher", "NonFinite: the loss of player generator is nan at step 2: nothing was moved; the first "),
         ("other_config", "UserError: the processes of this run differ in their config: 1 from 0"),
         ("other_code", "UserError: the processes of this run differ in their package source: 1 from 0"),
         ("same_config", "nothing was raised"),
@@ -122,6 +124,10 @@ def test_each_process_holds_its_half(ranks: list[dict[str, Any]]) -> None:
 def test_a_mishap_on_one_rank_stops_both(mishap: str, told: str, ranks: list[dict[str, Any]]) -> None:
     assert ranks[0][mishap] == ranks[1][mishap]
     assert ranks[0][mishap].startswith(told)
+
+
+def test_the_network_that_is_not_sound_on_one_rank_is_named_on_both(ranks: list[dict[str, Any]]) -> None:
+    assert "the first that is not finite is real_score: output of " in ranks[0]["bad_teacher"]
 
 
 def test_blocks_may_compute_in_bfloat16(ranks: list[dict[str, Any]]) -> None:
