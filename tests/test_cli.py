@@ -110,7 +110,7 @@ def test_mistakes_end_with_one_sentence(mistake: str, tiny_teacher: Path, tmp_pa
 def test_unwritable_run_folder(tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert train(tiny_teacher, tmp_path / "file") == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "could not be written (Not a directory)" in capsys.readouterr().err
 
 
 def test_no_space_left_keeps_earlier_checkpoints(tiny_teacher: Path, tmp_path: Path, monkeypatch, capsys) -> None:

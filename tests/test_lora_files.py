@@ -124,7 +124,7 @@ def opened(folder: Path) -> Any:
 
 def drawn(pipeline: Any) -> Tensor:
     """The latents of two steps without guidance."""
-    return their_walk(pipeline, 2, None, guidance_scale=1.0)[-1]
+    return their_walk(pipeline, 2, None, guidance=1.0)[-1]
 
 
 def apart(a: Tensor, b: Tensor) -> float:

@@ -190,7 +190,8 @@ def largest(tensors: Iterable[Tensor]) -> Tensor:
     if not parts:
         return torch.zeros(())
     # Largest values, for squares of large ones overflow; each by a zero, for their sum might.
-    return (torch.stack(torch._foreach_norm(parts, ord=torch.inf)).float() * 0).sum()
+    norms = torch._foreach_norm(parts, ord=torch.inf)
+    return (torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]) * 0).sum()
 
 
 def finite(tensors: Iterable[Tensor]) -> bool:
