@@ -23,10 +23,11 @@ def train_step(objective: Objective, micro_batches: Sequence[Batch], step: int, 
 
     Each micro-batch's loss is differentiated as soon as it is yielded, so that only one graph is alive; when all
     have yielded a turn, its player moves. Over several processes a batch, its means and its moves are those of all.
-    Raises NonFinite, before the player moves, where data, a loss, a gradient or what a move goes on from is not finite.
+    Raises NonFinite where data or what a move goes on from is not finite, before any player of the step has moved, and
+    where a loss or a gradient is not finite, before its player moves.
     """
     count = len(micro_batches)
-    sound = parallel.largest(tensor for _, tensor in soundness.given(micro_batches))
+    sound = parallel.largest(tensor for _, tensor in soundness.begun(micro_batches, players))
     turns = [objective.turns(batch, step) for batch in micro_batches]
     logs: dict[str, list[Tensor]] = defaultdict(list)
     result: Logs = {}
@@ -73,11 +74,11 @@ def averaged(logs: Mapping[str, Sequence[Tensor]]) -> Logs:
 def refuse(
     turn: Turn, sound: Tensor, objective: Objective, batches: Sequence[Batch], step: int, players: Mapping[str, Player]
 ) -> None:
-    """Raises NonFinite, in all processes, where the loss is not finite or the data was not `sound`."""
+    """Raises NonFinite, in all processes, where the loss is not finite or what the step begins with not `sound`."""
     both = torch.stack([turn.loss.detach().float(), sound.to(turn.loss.device)])
-    loss, data = processes.mean(both).tolist()
-    if not math.isfinite(data):
-        wrong = soundness.first_of(soundness.given(batches))
+    loss, begun = processes.mean(both).tolist()
+    if not math.isfinite(begun):
+        wrong = soundness.first_of(soundness.begun(batches, players))
         raise NonFinite(f"{wrong} is not finite at step {step}: nothing was moved")
     if not math.isfinite(loss):
         wrong = soundness.first_of(soundness.kept(players)) or soundness.first_output(objective, batches, step)
@@ -100,7 +101,7 @@ def moved(player: Player, step: int) -> float:
     try:
         return player.move(step)
     except NonFinite as error:
-        wrong = soundness.first_of(soundness.behind(player))
+        wrong = soundness.first_of(soundness.gradients(player))
         raise NonFinite(f"{error}; the first that is not finite is {wrong}") from None
 
 

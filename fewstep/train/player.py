@@ -180,17 +180,13 @@ class Player:
     def move(self, step: int) -> float:
         """Clips, steps and lets the followers follow. Returns the gradient norm before clipping.
 
-        Raises NonFinite in every process, leaving weights, optimizer and followers untouched, when the norm or what is
-        carried is not finite.
+        Raises NonFinite in every process, leaving weights, optimizer and followers untouched, when the norm is not
+        finite.
         """
         parallel.average_gradients(self.parameters)
         norm = parallel.clip(self.parameters, self.config.clip)
         if not math.isfinite(norm):
             raise NonFinite(f"the gradient of player {self.name} is {norm} at step {step}: the move was refused")
-        if not parallel.finite(tensor for _, tensor in self.carried()):
-            raise NonFinite(
-                f"moments or followers of player {self.name} are not finite at step {step}: the move was refused"
-            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         parallel.reshard(self.modules)

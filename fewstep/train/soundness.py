@@ -17,10 +17,12 @@ from fewstep.train.player import NonFinite, Player
 Named = Iterable[tuple[str, Tensor]]
 
 
-def given(batches: Sequence[Batch]) -> Named:
-    """The tensors of micro-batches."""
+def begun(batches: Sequence[Batch], players: Mapping[str, Player]) -> Named:
+    """What a step begins with beside the weights: its micro-batches, and the moments and followers of its players."""
     for batch in batches:
         yield from _given(batch)
+    for label, player in players.items():
+        yield from ((f"{label}: {name}", tensor) for name, tensor in player.carried())
 
 
 def _given(batch: Batch) -> Named:
@@ -44,12 +46,11 @@ def check(players: Mapping[str, Player], step: int) -> None:
         raise NonFinite(f"{first_of(kept(players))} is not finite after step {step}: it was not saved")
 
 
-def behind(player: Player) -> Named:
-    """What is behind a move of `player`: gradients, moments and followers."""
+def gradients(player: Player) -> Named:
+    """What a move of `player` would follow."""
     for name, weight in player.learnt:
         if weight.grad is not None:
             yield f"{player.name}: gradient of {name}", weight.grad
-    yield from ((f"{player.name}: {name}", tensor) for name, tensor in player.carried())
 
 
 def first_of(named: Named) -> str | None:

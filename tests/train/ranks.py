@@ -173,11 +173,9 @@ def mishaps(last: bool) -> Iterator[tuple[str, str]]:
         batch.noise.fill_(math.nan)
     yield "bad_data", message(lambda: train_step(one.objective, [batch], 2, one.players))
     batch.noise.copy_(clean)
-    for parameter in player.parameters:
-        parameter.grad = torch.ones_like(parameter)
     if last:
         next(iter(player.optimizer.state.values()))["exp_avg"].fill_(math.nan)
-    yield "bad_moment", message(lambda: player.move(18))
+    yield "bad_moment", message(lambda: train_step(one.objective, [batch], 2, one.players))
     if last:
         next(iter(player.optimizer.state.values()))["exp_avg"].zero_()
         parallel.local(next(one.objective.triad.real_score.parameters()).detach()).fill_(math.nan)
