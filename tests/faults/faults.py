@@ -22,7 +22,8 @@ PHASES = ("pairs", "step", "evaluation", "checkpoint", "export")
 
 
 def install(fault: dict[str, Any], counted: Path) -> None:
-    """Nothing, {"phase": .., "call": .., "signal": ..} or {"site": .., "root": .., ..}; see the classes below.
+    """Nothing, {"phase": .., "call": .., "signal": ..}, {"site": .., "root": .., ..} or {"place": .., "value": ..,
+    "step": ..}; see below.
 
     {"source": folder}: the source of the package is taken to lie there.
     """
@@ -32,6 +33,8 @@ def install(fault: dict[str, Any], counted: Path) -> None:
         processes.__file__ = str(Path(fault["source"]) / "train" / "processes.py")
     elif "site" in fault:
         Sites(counted, **fault)
+    elif "place" in fault:
+        spoil(**fault)
     elif fault:
         Calls(counted, **fault)
 
@@ -217,3 +220,77 @@ class _Cut:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+
+def spoil(place: str, value: str, step: int) -> None:
+    """Puts one `value` ("nan", "inf") into a tensor at `place` just before `step` is played, or within it."""
+    from fewstep.train import loop
+
+    play, bad = loop.train_step, float(value)
+
+    def spoiled(objective: Any, batches: Any, at: int, players: Any) -> Any:
+        if at == step:
+            PLACES[place](objective, batches, players, bad)
+        return play(objective, batches, at, players)
+
+    loop.train_step = spoiled
+
+
+def _put(tensor: Any, bad: float) -> None:
+    from fewstep.train import parallel
+
+    parallel.local(tensor.detach()).view(-1)[1] = bad
+
+
+def _first_weight(objective: Any, role: str) -> Any:
+    return next(getattr(objective.triad, role).parameters())
+
+
+def _spoil_data(objective: Any, batches: Any, players: Any, bad: float) -> None:
+    _put(batches[0].x0, bad)
+
+
+def _spoil_weight(role: str) -> Callable[..., None]:
+    return lambda objective, batches, players, bad: _put(_first_weight(objective, role), bad)
+
+
+def _spoil_output(role: str) -> Callable[..., None]:
+    def place(objective: Any, batches: Any, players: Any, bad: float) -> None:
+        block = next(m.mid_block for m in getattr(objective.triad, role).modules() if hasattr(m, "mid_block"))
+        block.register_forward_hook(lambda module, given, output: output * bad)
+
+    return place
+
+
+def _spoil_gradient(objective: Any, batches: Any, players: Any, bad: float) -> None:
+    player = players["fake_score"]
+    move = player.move
+
+    def spoiled(step: int) -> float:
+        _put(player.parameters[0].grad, bad)
+        return float(move(step))
+
+    player.move = spoiled
+
+
+def _spoil_moment(objective: Any, batches: Any, players: Any, bad: float) -> None:
+    player = players["fake_score"]
+    _put(player.optimizer.state[player.parameters[0]]["exp_avg"], bad)
+
+
+def _spoil_follower(objective: Any, batches: Any, players: Any, bad: float) -> None:
+    _put(next(players["generator"].followers["ema"].module.parameters()), bad)
+
+
+PLACES: dict[str, Callable[..., None]] = {
+    "data": _spoil_data,
+    "teacher": _spoil_weight("real_score"),
+    "teacher's output": _spoil_output("real_score"),
+    "critic": _spoil_weight("fake_score"),
+    "critic's output": _spoil_output("fake_score"),
+    "generator": _spoil_weight("generator"),
+    "generator's output": _spoil_output("generator"),
+    "gradient": _spoil_gradient,
+    "moment": _spoil_moment,
+    "follower": _spoil_follower,
+}
