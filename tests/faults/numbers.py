@@ -23,7 +23,7 @@ SAID = {
     "critic's output": r"at step {}: nothing was moved; .* is fake_score: output of \S*mid_block",
     "generator": r"at step {}: nothing was moved; .* is generator: weight 0.net.conv_in.weight",
     "generator's output": r"at step {}: nothing was moved; .* is generator: output of \S*mid_block",
-    "gradient": r"gradient of player fake_score is (nan|inf) at step {}: .* is fake_score: gradient of 0.net.conv_in.weight",
+    "gradient": r"player fake_score is (nan|inf) at step {}: .* is fake_score: gradient of 0.net.conv_in.weight",
     "moment": r"fake_score: exp_avg of 0.net.conv_in.weight is not finite at step {}: nothing was moved",
     "follower": r"generator: \S*conv_in.weight of ema is not finite at step {}: nothing was moved",
 }
