@@ -494,7 +494,7 @@ def assemble(
     if not shaped.is_shaped(*networks_of(*networks)):  # otherwise whoever fills them does that
         start(config, triad, previous)
     objective = kind(config.objective, triad, rollout)
-    for term in _terms(objective):
+    for term in terms(objective):
         if named := getattr(term.config, "reward", None):
             term.reward = rewards.open_reward(named, source, teacher.codec)  # type: ignore[assignment]
     _check_reads(config, objective, source)
@@ -537,7 +537,7 @@ def _check_reads(config: Config, objective: Objective, source: Source) -> None:
             f"objective {name} reads pairs that a teacher makes, but model.network is a new network: set "
             "model.teacher, a folder or hub id, in its place"
         )
-    for term in _terms(objective):
+    for term in terms(objective):
         labels = len(source.labels)
         if labels and getattr(term.config, "parts", 1) > 1 and term.config.labels != labels:
             raise UserError(
@@ -548,7 +548,7 @@ def _check_reads(config: Config, objective: Objective, source: Source) -> None:
 
 def _check_dropout(objective: Objective) -> None:
     """Raises UserError where a network without a null condition shall now and then be asked without its condition."""
-    if any(getattr(term.config, "label_dropout", 0) for term in _terms(objective)):
+    if any(getattr(term.config, "label_dropout", 0) for term in terms(objective)):
         raise UserError(
             'objective.label_dropout trains without a label now and then, but no class of this network means "no '
             'class": set objective.label_dropout=0 where the objective allows it, or take a network with one class '
@@ -556,7 +556,7 @@ def _check_dropout(objective: Objective) -> None:
         )
 
 
-def _terms(objective: Objective) -> list[Objective]:
+def terms(objective: Objective) -> list[Objective]:
     """The objective and, of a sum, its terms."""
     return [part for part in objective.modules() if isinstance(part, Objective)]
 
@@ -564,7 +564,7 @@ def _terms(objective: Objective) -> list[Objective]:
 def _lend_features(objective: Objective, teacher: Teacher, source: Source, device: torch.device) -> None:
     """Opens what the objective, or a term of it, compares samples by. Raises UserError where it is not there."""
     decode = teacher.codec.decode if teacher.codec is not None else torch.nn.Identity()
-    for part in _terms(objective):
+    for part in terms(objective):
         if part.perception is not None:
             weights = getattr(part.config, "lpips", None)
             part.perceive = perception.features(part.perception, weights, source, decode, device)

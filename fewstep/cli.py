@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def train(args: argparse.Namespace) -> None:
     from fewstep import build, finish, runner
-    from fewstep.train import lock, processes
+    from fewstep.train import audience, lock, processes
     from fewstep.train.interrupts import Interrupts, Stopped
 
     configs = _configs(args)
@@ -35,7 +35,7 @@ def train(args: argparse.Namespace) -> None:
         return
     device, timeout = build.pick_device(configs[0].device), configs[0].timeout
     # Outermost: a launcher that ends all processes lets this one say first which of them was lost.
-    with Interrupts() as interrupts, processes.started(device, timeout):
+    with audience.optional(), Interrupts() as interrupts, processes.started(device, timeout):
         root = processes.from_leader(lambda: _place(args, configs[0].name)[0])
         with lock.held(root):
             # Only now nobody else adds to what is there, or takes from it.
@@ -79,10 +79,14 @@ def _configs(args: argparse.Namespace) -> list[Config]:
 
 def _furnish(args: argparse.Namespace, configs: list[Config], root: Path) -> None:
     """With --tiny, the teacher that the configs shall learn from, in the run folder `root`."""
-    if args.tiny:
-        from fewstep import shrink
+    if not args.tiny:
+        return
+    from fewstep import runner, shrink
 
+    try:
         shrink.furnish(configs, root)
+    except OSError as error:
+        raise runner.unwritten(error, root) from None
 
 
 def _place(args: argparse.Namespace, name: str) -> tuple[Path, Path | None]:
@@ -352,6 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read along, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        what = f"{error.filename} could not be read or written" if error.filename else "reading or writing failed"
+        print(f"fewstep{_process()}: {_on_a_terminal(f'{what} ({error.strerror or error})')}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     aside = folder.with_name(f".{folder.name}.partial")
     _refuse_foreign(folder)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         folder.parent.mkdir(parents=True, exist_ok=True)
         pipeline = route.pipeline(net, scheduler, partial(stock, dtype=dtype))
         save_plainly(pipeline, aside)
@@ -64,7 +64,7 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
             f"the export to {folder} could not be written ({reason}): make room or choose another place"
         ) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
     return folder
 
 
@@ -75,11 +75,20 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _replace(aside: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_symlink():
+        folder = folder.resolve()
     if folder.exists():
+        _remove(old)
         folder.rename(old)
     aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or the link that stands in its place."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 class SameNoise:

@@ -6,6 +6,7 @@ Everything that a hook needs is opened before the first step, so that an absent 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class Best:
         if self.name is not None:
             hook = run.config.evals.hooks[self.name.split("/")[0]]
             self.sign = -1 if METRICS[hook.metric].better == "higher" else 1
-            before = reading.fields(file) if file.is_file() else {}
+            before = reading.fields(file, finite=False) if file.is_file() else {}
             rows = [row for row in (before, before.get("before")) if isinstance(row, dict) and _is_best(row)]
             self.kept = next((row for row in rows if row["step"] <= done), None)
 
@@ -150,6 +151,8 @@ class Best:
         if self.name is None or self.name not in numbers:
             return False
         value = numbers[self.name]
+        if not math.isfinite(value):
+            return False
         if self.kept is not None and self.sign * value >= self.sign * self.kept["value"]:
             return False
         before = {k: v for k, v in (self.kept or {}).items() if k != "before"}
@@ -160,4 +163,5 @@ class Best:
 
 
 def _is_best(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("step"), int) and isinstance(row.get("value"), int | float)
+    value = row.get("value")
+    return isinstance(row.get("step"), int) and isinstance(value, int | float) and math.isfinite(value)

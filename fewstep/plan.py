@@ -30,6 +30,7 @@ from fewstep.models.lora import LoraSpec
 from fewstep.models.passes import networks_of
 from fewstep.objectives.pieces.derivative import Derivative
 from fewstep.pairs import Pairs
+from fewstep.perception import Perceived
 from fewstep.train.live_bytes import GATHERED
 from fewstep.train.parallel import blocks_of
 from fewstep.train.player import Player
@@ -43,6 +44,7 @@ class Unseen(Source):
 
     def __init__(self, source: Source):
         self.resolution, self.labels, self.size = source.resolution, source.labels, source.size
+        self.world = source.world
         self.prompts = map(str, itertools.count())
 
     def label_of(self, ids: Tensor) -> Tensor:
@@ -115,7 +117,8 @@ def _device(config: Config) -> torch.device:
 def _modules(run: Run) -> list[nn.Module]:
     triad = [net for net in vars(run.triad).values() if net is not None]
     followers = [f.module for player in run.players.values() for f in player.followers.values()]
-    return [*networks_of(*triad), *triad, *followers, run.objective]
+    seeing = [part.perceive.net for part in build.terms(run.objective) if isinstance(part.perceive, Perceived)]
+    return [*networks_of(*triad), *triad, *followers, run.objective, *seeing]
 
 
 def can_checkpoint(net: Any) -> bool:

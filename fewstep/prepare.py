@@ -39,6 +39,8 @@ def _fill(stages: Sequence[Config], folder: Path) -> list[Path]:
         if stage.pairs.of == "previous":
             print(f"stage {i}: its pairs are made by the student before it, when that has been trained")
         new = [one for one in made if not any(one.store(before).finished() for before in earlier)]
+        if new and len(stages) > 1:
+            place.mkdir(exist_ok=True)
         for one in new:
             store = one.store(place)
             refuse_other(store)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
-from fewstep.data.source import SceneSource, Source
+from fewstep.data.source import Source
 from fewstep.evals.reader import load_reader
 from fewstep.models.codec import Codec
 from fewstep.models.loading import locate
@@ -23,7 +23,7 @@ Reward = Callable[[Tensor, Condition], Tensor]
 
 def label_log_probability(source: Source) -> Reward:
     """log p(label | image) as the reader of the scenes sees it. Raises UserError where the samples are no scenes."""
-    if not isinstance(source, SceneSource):
+    if source.world != "scenes":
         raise UserError(
             "objective.reward=label_log_probability reads the labels of the scenes: set data.source=scenes, or name "
             "a function of your own as module:function"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +88,20 @@ class Training:
 
         Where the run is asked to stop it is left, and made up for when the run is resumed.
         """
+        names = self.hooks.due(done)
+        if not (names or self.measured(done) or self.looked(done)):
+            return False
+        soundness.check(self.run.players, done)
         try:
             with self.interrupts.leaving():
                 if self.measured(done):
                     self.measure(done)
                 if self.looked(done):
                     self.look(done)
-                return self.hook(done)
+                found = self.hooks.measure(names)
         except Stopped:
             return False
+        return self.note(done, *found) if names else False
 
     def measured(self, done: int) -> bool:
         config = self.run.config
@@ -151,18 +156,15 @@ class Training:
         numbers = {name: value for name, value in row.items() if isinstance(value, float)}
         self.folder.append("evals.jsonl", {"step": done, **numbers})
 
-    def hook(self, done: int) -> bool:
-        """Measures what is due; says whether the checkpoint of this step is the best so far."""
-        names = self.hooks.due(done)
-        if not names:
-            return False
-        numbers, protocols = self.hooks.measure(names)
+    def note(self, done: int, numbers: Mapping[str, float], protocols: Mapping[str, Any]) -> bool:
+        """Writes down what hooks have measured; says whether the checkpoint of this step is the best so far."""
+        # First the best: what has a line is not measured again.
+        best = self.best.improved(done, numbers)
         self.folder.append("evals.jsonl", {"step": done, **numbers})
         self.folder.note_protocols(protocols)
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if processes.leads():
-            self.bar.write(f"step {done}: {shown}")
-        return self.best.improved(done, numbers)
+            self.bar.write(f"step {done}: {', '.join(f'{name} {value:.4g}' for name, value in numbers.items())}")
+        return best
 
     def save(self, done: int) -> Path:
         soundness.check(self.run.players, done)
@@ -302,8 +304,8 @@ def tell_skipped(skipped: Mapping[str, list[Path]], root: Path) -> None:
 
 
 def _good(folder: RunDir) -> str:
-    saved = checkpoint.available(folder.checkpoints)
-    return f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
+    sound = checkpoint.newest_sound(folder.checkpoints)
+    return f"the last good checkpoint is {sound}" if sound else "no checkpoint had been written yet"
 
 
 def play(
@@ -337,8 +339,9 @@ def unwritten(error: OSError, root: Path) -> UserError:
     what, reason = error.filename or root, error.strerror or str(error).splitlines()[0]
     full = error.errno in _FULL
     done, remedy = ("written", "make room") if full else ("written or read", "see to that")
-    saved = [path for place in (root, *stages_in(root)) for path in checkpoint.available(place / "checkpoints")]
-    good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been written yet"
+    found = [checkpoint.newest_sound(place / "checkpoints") for place in (root, *stages_in(root))]
+    sound = [path for path in found if path is not None]
+    good = f"the last good checkpoint is {sound[-1]}" if sound else "no checkpoint had been written yet"
     return UserError(f"{what} could not be {done} ({reason}): {remedy} and continue with --resume {root}; {good}")
 
 
@@ -363,6 +366,8 @@ def _play(
     for i, config in enumerate(configs):
         place = root if len(configs) == 1 else root / f"stage_{i + 1}"
         here = resume if resume is not None and resume.parent.parent == place else None
+        if here is not None and processes.leads():
+            _go_back(here, [root / f"stage_{later}" for later in range(i + 2, len(configs) + 1)])
         finished = checkpoint.available(place / "checkpoints")
         if here is None and finished and int(finished[-1].name) >= config.steps and i + 1 < len(configs):
             previous = place
@@ -376,6 +381,14 @@ def _play(
     if processes.leads():
         with interrupts.leaving(alone=True):
             finish(run or load_run(place, last=False), RunDir(root))
+
+
+def _go_back(here: Path, later: Sequence[Path]) -> None:
+    """Removes the checkpoints of the stages after that of `here`, if it is sound: they stand on what it replaces."""
+    checkpoint.verify(here)
+    for stage in reversed(later):
+        for path in reversed(checkpoint.available(stage / "checkpoints")):
+            checkpoint.discard(path)
 
 
 def let_go() -> None:

@@ -54,7 +54,7 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
 
 def furnish(configs: Sequence[Config], root: Path) -> None:
     """Puts a tiny random pipeline in the place of each config's teacher. It lies in the run folder `root` and is made
-    once, so that the run can be resumed, sampled and exported. Raises UserError for a folder that cannot be written.
+    once, so that the run can be resumed, sampled and exported. Raises OSError for a folder that cannot be written.
     """
     RunDir(root).create()
     with processes.leader_first():

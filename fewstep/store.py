@@ -88,6 +88,8 @@ class Store:
         """
         whole = processes.from_leader(self._whole)
         try:
+            if processes.leads():
+                self.folder.mkdir(exist_ok=True)  # never again, nor the one above: whatever is removed stays so
             self._write_index(whole)
             for name, rows in zip(self.names(), torch.arange(self.count).split(self.rows), strict=True):
                 if name in whole:
@@ -112,6 +114,7 @@ class Store:
         if not processes.leads():
             return ""
         aside = self.folder / f"{name}.partial"
+        aside.unlink(missing_ok=True)  # it may be a link
         try:
             write_state(aside, tensors)
             digest = sha256(aside)
@@ -124,7 +127,6 @@ class Store:
     def _write_index(self, shards: dict[str, str]) -> None:
         if not processes.leads():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         index = {"recipe": json.loads(self.recipe), "count": self.count, "shards": shards}
         write_text(self.folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
 

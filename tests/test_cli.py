@@ -140,5 +140,8 @@ def test_non_finite_loss_names_player_and_step(tiny_teacher: Path, tmp_path: Pat
     save_file(state, weights, metadata={"format": "pt"})
     assert train(poisoned, tmp_path / "out") == 2
     errors = capsys.readouterr().err
-    assert "loss of player generator is nan at step 0" in errors and "no checkpoint had been written yet" in errors
+    assert (
+        "generator: weight 0.net.conv_out.weight is not finite at step 0: nothing was moved" in errors
+        and "no checkpoint had been written yet" in errors
+    )
     assert not list(tmp_path.glob("out/*/checkpoints/*"))

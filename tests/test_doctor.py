@@ -126,7 +126,7 @@ def test_each_illness_alone_is_named_with_the_key_to_change(name: str, folder, c
 
 
 def test_a_run_that_stopped_says_why(folder) -> None:
-    stop = {"step": 120, "stopped": "the loss of player generator is nan at step 119: nothing was moved"}
+    stop = {"step": 120, "stopped": "the loss of player generator is nan at step 119: it was not moved"}
     (stage,) = read(folder([*healthy(), stop]))
     found = examine(stage)[0]
     assert found.state == "ILL" and "stopped at step 120: the loss of player generator is nan" in found.evidence

@@ -60,6 +60,7 @@ def log_row(step: int) -> dict[str, Any]:
 def fill(root: Path, *parts: str) -> RunDir:
     """A run folder with some of its parts."""
     folder = RunDir(root)
+    root.parent.mkdir(exist_ok=True)
     folder.create()
     images = torch.linspace(-1, 1, 14 * 3 * 4 * 4).reshape(14, 3, 4, 4)
     if "log" in parts:

@@ -23,6 +23,8 @@ class Source(ABC):
     labels: tuple[str, ...]
     has_images: bool = True
     """whether `images` gives any, or the source only says what to make"""
+    world: str | None = None
+    """scenes | captioned: a world whose law is known; None where it is not"""
     size: int | None = None
     """how many images there are, None for a world without end"""
 

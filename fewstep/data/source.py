@@ -25,7 +25,7 @@ HELD_OUT = 40_000
 class SceneSource(Source):
     """The endless procedural world; see `fewstep.data.scenes`."""
 
-    labels = LABELS
+    labels, world = LABELS, "scenes"
 
     def __init__(self, resolution: int, seed: int):
         self.resolution, self.scenes = resolution, Scenes(resolution, seed)
@@ -46,7 +46,7 @@ class SceneSource(Source):
 class CaptionedSource(Source):
     """One or two objects and a sentence about them; see `fewstep.data.captioned`."""
 
-    labels = ()
+    labels, world = (), "captioned"
 
     def __init__(self, resolution: int, seed: int):
         self.resolution, self.scenes = resolution, CaptionedScenes(resolution, seed)

@@ -40,6 +40,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     Dowson & Landau (1982), eq. 4. The trace of the root is the sum of the roots of the eigenvalues of the
     symmetric matrix S1^(1/2) S2 S1^(1/2), which are real and, but for rounding, not negative.
     """
+    if not _is_finite(a.covariance, b.covariance):
+        return float("nan")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
@@ -54,9 +56,16 @@ def frechet_distance_of_features(a: Tensor, b: Tensor) -> float:
     """
     if min(len(a), len(b)) >= a.shape[1]:
         return frechet_distance(Statistics.of(a), Statistics.of(b))
+    if not _is_finite(a, b):
+        return float("nan")
     (mean_a, factor_a), (mean_b, factor_b) = _centred(a), _centred(b)
     cross = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
     return _distance(mean_a, mean_b, factor_a.square().sum() + factor_b.square().sum(), cross)
+
+
+def _is_finite(*parts: Tensor) -> bool:
+    """Of what is not, the decompositions raise errors of their own."""
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def _distance(mean_a: Tensor, mean_b: Tensor, trace: Tensor, cross: Tensor) -> float:

@@ -14,7 +14,7 @@ class Fake(FakeTensorMode):
     """Tensors that are made while entered have shapes alone; what is asked of their values gets a fixed answer.
 
     Numbers are 1 and so finite, two tensors are equal, and integers are -1, the last of whatever they count: the
-    longest rollout, the last expert.
+    longest rollout, the last expert. What is picked by values is all there is: none is zero, none is there twice.
     """
 
     def __init__(self) -> None:
@@ -28,6 +28,10 @@ class Fake(FakeTensorMode):
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else -1
         if func is torch.ops.aten.equal.default:
             return True
+        if func is torch.ops.aten.unique_consecutive.default:
+            return tuple(args[0].new_empty(shape) for shape in (args[0].shape, 0, 0))
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
         return super().dispatch(func, types, args, kwargs or {})
 
 

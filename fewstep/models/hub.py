@@ -117,5 +117,9 @@ def pin_as_recorded(origin: Path) -> None:
     teacher = reading.fields(origin, finite=False).get("teacher")
     told = teacher if isinstance(teacher, dict) else {}
     for name, revision, commit in (("source", "revision", "commit"), ("lora", "", "lora_commit")):
-        if isinstance(told.get(name), str) and _is_commit(told.get(commit)):
+        if (
+            isinstance(told.get(name), str)
+            and isinstance(told.get(revision), str | None)
+            and _is_commit(told.get(commit))
+        ):
             _COMMITS[told[name], told.get(revision)] = told[commit]

@@ -148,9 +148,13 @@ class Pipeline:
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """The times at which one expert hands over to the next."""
+        """The times at which one expert hands over to the next. Raises UserError for what is none."""
         bound = self.index.get("boundary_ratio")
-        return () if bound is None else (float(bound),)
+        if bound is None:
+            return ()
+        if not isinstance(bound, int | float):
+            raise UserError(f"{self.source}: model_index.json has boundary_ratio={bound!r}, which is no time")
+        return (float(bound),)
 
 
 def find(source: str, revision: str | None = None) -> Pipeline:

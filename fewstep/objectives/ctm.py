@@ -72,7 +72,9 @@ class Objective(Judged, tcd.Objective):
     def cleaner(self, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, m: Tensor, batch: Batch) -> Tensor:
         if self.config.mode == "training":
             return super().cleaner(x_t, x0, eps, t, m, batch)
-        while bool((t > m).any()):
+        for _ in range(self.config.most_steps):
+            if not bool((t > m).any()):
+                break
             s = self.below(t, 1).maximum(m)
             moved = teacher_step(self.teacher(batch), x_t, t, s, batch.cond, self.config.solver)
             x_t, t = torch.where(expand(t > m, x_t), moved, x_t), s

@@ -69,6 +69,8 @@ def restore(state: Mapping[str, Tensor], players: Mapping[str, Player], extra: n
             for key, parameter in player.named_parameters():
                 moments = take(f"{name}/optimizer/{key}/")
                 if moments:
+                    if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+                        raise ValueError(f"the optimizer of {name} has {', '.join(sorted(moments))} of {key}")
                     # A copy, for what was read may lie in the file.
                     own = {k: parallel.like(v, parameter).to(parameter.device, copy=True) for k, v in moments.items()}
                     player.optimizer.state[parameter] = own
@@ -144,6 +146,7 @@ def write(final: Path, step: int, moves: Mapping[str, int], state: dict[str, Ten
             "sha256": {STATE: sha256(aside / STATE)},
         }
         write_text(aside / MANIFEST, json.dumps({**manifest, "seal": seal(manifest)}, indent=1))
+        flush(aside)
         if wrong(final) is None and (final / MANIFEST).read_bytes() == (aside / MANIFEST).read_bytes():
             return
         discard(final)
@@ -155,16 +158,27 @@ def write(final: Path, step: int, moves: Mapping[str, int], state: dict[str, Ten
 
 def write_state(path: Path, state: dict[str, Tensor]) -> None:
     """Saves `state`, flushes it to disk and re-opens it. Raises OSError when what is there is not what was meant."""
-    # Shared storage (tied weights) cannot be saved twice under safetensors.
     try:
-        save_file({k: v.clone() for k, v in state.items()}, path)
+        save_file(_apart(state), path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        with safe_open(path, framework="pt") as read:
+            if set(read.keys()) != set(state) or not all(same_bits(read.get_tensor(k), v) for k, v in state.items()):
+                raise OSError(f"{path} does not hold what was written to it")
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    with safe_open(path, framework="pt") as opened:
-        if set(opened.keys()) != set(state) or not all(same_bits(opened.get_tensor(k), v) for k, v in state.items()):
-            raise OSError(f"{path} does not hold what was written to it")
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with a storage of its own, as safetensors wants them; most have one already."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        own = place not in seen and tensor.is_contiguous()
+        apart[name] = tensor if own else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(place)
+    return apart
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -199,7 +213,8 @@ def flush(folder: Path) -> None:
 
 def available(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("*") if p.is_dir() and p.name.isdigit())
+    found = (p for p in folder.glob("*") if p.name.isascii() and p.name.isdecimal() and p.is_dir())
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -275,7 +290,8 @@ def prune(newest: Path, keep: int, best: int | None = None) -> None:
     """
     folder, every = newest.parent, available(newest.parent)
     tidy(folder)
-    elders, later = [p for p in every if p.name <= newest.name], [p for p in every if p.name > newest.name]
+    here = every.index(newest) + 1
+    elders, later = every[:here], every[here:]
     old = [path for path in elders[:-keep] if int(path.name) != best] + later
     if old:
         verify(newest)

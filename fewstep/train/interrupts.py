@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Literal
 
@@ -53,7 +53,8 @@ class Interrupts:
         self.asked, self._since = signal.Signals(number).name, time.monotonic()
         if processes.leads():
             # Not print: it may be what was interrupted.
-            os.write(2, f"\n{self.asked}: saving, then stopping; a second signal stops at once\n".encode())
+            with suppress(OSError):  # nobody may read along any more
+                os.write(2, f"\n{self.asked}: saving, then stopping; a second signal stops at once\n".encode())
         if self._free == "alone" or (self._free == "together" and processes.size() == 1):
             raise Stopped
 

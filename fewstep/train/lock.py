@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fewstep.core.errors import SaidOnce
 from fewstep.train import processes
+from fewstep.train.rundir import leads_out
 
 NAME = "run.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -24,7 +25,8 @@ _held: set[int] = set()
 def held(root: Path) -> Iterator[None]:
     """Nobody else writes a run in `root` meanwhile. Of several processes the leader holds the lock.
 
-    Raises UserError, in all processes alike, where another one has it or the folder cannot be written.
+    Raises UserError, in all processes alike, where another one has it, where the folder cannot be written or where a
+    link in it leads elsewhere.
     """
     mine: list[int] = []
     new = [folder for folder in (root, *root.parents) if not folder.exists()]
@@ -45,6 +47,8 @@ def _take(root: Path, mine: list[int]) -> str | None:
         while True:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             refused = _lock(file, root)
+            if refused is None:
+                refused = leads_out(root)
             if refused is not None:
                 os.close(file)
                 return refused

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ def shared(values: Sequence[Tensor]) -> Tensor:
 
 def averaged(logs: Mapping[str, Sequence[Tensor]]) -> Logs:
     """The mean of each log over the micro-batches of all processes."""
-    means = [torch.stack(list(values)).mean().item() for values in logs.values()]
-    everywhere = processes.mean(torch.tensor(means, dtype=torch.float64))
+    means = [torch.stack(list(values)).double().mean() for values in logs.values()]
+    everywhere = processes.mean(torch.stack(means).cpu())
     return dict(zip(logs, everywhere.tolist(), strict=True))
 
 
@@ -78,12 +79,12 @@ def refuse(
     both = torch.stack([turn.loss.detach().float(), sound.to(turn.loss.device)])
     loss, begun = processes.mean(both).tolist()
     if not math.isfinite(begun):
-        wrong = soundness.first_of(soundness.begun(batches, players))
+        wrong = soundness.first_of(chain(soundness.given(batches), soundness.kept(players)))
         raise NonFinite(f"{wrong} is not finite at step {step}: nothing was moved")
     if not math.isfinite(loss):
         wrong = soundness.first_of(soundness.kept(players)) or soundness.first_output(objective, batches, step)
         raise NonFinite(
-            f"the loss of player {turn.player} is {loss} at step {step}: nothing was moved; the first that is not "
+            f"the loss of player {turn.player} is {loss} at step {step}: it was not moved; the first that is not "
             f"finite is {wrong or 'the loss itself'}"
         )
 
@@ -102,7 +103,7 @@ def moved(player: Player, step: int) -> float:
         return player.move(step)
     except NonFinite as error:
         wrong = soundness.first_of(soundness.gradients(player))
-        raise NonFinite(f"{error}; the first that is not finite is {wrong}") from None
+        raise NonFinite(f"{error}; the first that is not finite is {wrong or 'the norm itself'}") from None
 
 
 def train(

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from fewstep import reading
-from fewstep.core.errors import UserError
 from fewstep.train import processes
-from fewstep.train.checkpoint import ASIDE, tidy, write_text
+from fewstep.train.checkpoint import tidy, write_text
 
 _LOOKS = 5
 
@@ -35,21 +34,15 @@ class RunDir:
         self.samples, self.checkpoints, self.export = root / "samples", root / "checkpoints", root / "export"
 
     def create(self) -> None:
-        """Makes the folders. Raises UserError when the place cannot be written to."""
+        """Makes the folders, but not the one above: a run that was removed would go on in half of one.
+
+        Raises OSError where that is not possible.
+        """
         if not processes.leads():
             return
-        try:
-            for folder in (self.samples, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
-            probe = self.root / f".writable{ASIDE}"
-            probe.write_text("")
-            probe.unlink()
-            for folder in (self.root, self.samples, self.checkpoints):
-                tidy(folder)
-        except OSError as error:
-            raise UserError(
-                f"the run folder {self.root} cannot be written ({error.strerror}): choose another with --out"
-            ) from None
+        for folder in (self.root, self.samples, self.checkpoints):
+            folder.mkdir(exist_ok=True)
+            tidy(folder)
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Adds one JSON line to `name`."""
@@ -124,6 +117,14 @@ class RunDir:
             "sampling": dict(sampling),
         }
         write_text(self.root / "origin.json", json.dumps(origin, indent=1))
+
+
+def leads_out(root: Path) -> str | None:
+    """Why a run must not write in `root`: a link in it, which leads elsewhere. A folder may come from anybody."""
+    link = next((path for path in sorted(root.rglob("*")) if path.is_symlink()), None)
+    if link is None:
+        return None
+    return f"{link} is a link: a run writes inside of its own folder alone; put there what it leads to, or remove it"
 
 
 def _command() -> str:

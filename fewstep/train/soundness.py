@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,15 @@ Named = Iterable[tuple[str, Tensor]]
 
 def begun(batches: Sequence[Batch], players: Mapping[str, Player]) -> Named:
     """What a step begins with beside the weights: its micro-batches, and the moments and followers of its players."""
-    for batch in batches:
-        yield from _given(batch)
+    yield from given(batches)
     for label, player in players.items():
         yield from ((f"{label}: {name}", tensor) for name, tensor in player.carried())
+
+
+def given(batches: Sequence[Batch]) -> Named:
+    """The tensors of micro-batches."""
+    for batch in batches:
+        yield from _given(batch)
 
 
 def _given(batch: Batch) -> Named:
@@ -62,12 +68,11 @@ def first_of(named: Named) -> str | None:
 def first_output(objective: Objective, batches: Sequence[Batch], step: int) -> str | None:
     """The network of the triad, and its part, that is the first to give what is not finite when `step` is played."""
     heard: list[str] = []
-    with _listening(objective.triad, heard):
+    with _listening(objective.triad, heard), suppress(torch.OutOfMemoryError):
         turns, answer = [objective.turns(batch, step) for batch in batches], None
         while asked := [played for turn in turns if (played := _next(turn, answer)) is not None]:
             shares = isinstance(asked[0], Share)
-            value = torch.stack([one.value if shares else one.loss.detach() for one in asked]).mean(0)
-            mean = processes.mean(value)
+            mean = processes.mean(torch.stack([one.value if shares else one.loss for one in asked]).mean(0))
             if not mean.isfinite().all():
                 break
             answer = mean if shares else None
@@ -75,10 +80,12 @@ def first_output(objective: Objective, batches: Sequence[Batch], step: int) -> s
 
 
 def _next(turn: Iterator[Any], answer: Any) -> Any:
+    """What a turn yields, without the graph of its loss."""
     try:
-        return turn.send(answer)  # type: ignore[attr-defined]
+        played = turn.send(answer)  # type: ignore[attr-defined]
     except StopIteration:
         return None
+    return played if isinstance(played, Share) else replace(played, loss=played.loss.detach())
 
 
 @contextmanager

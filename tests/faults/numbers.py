@@ -17,12 +17,12 @@ TOGETHER = replace(ALONE, processes=2)
 # What the sentence has to say of each place. A loss has the whole of its graph to name: the tensor comes first.
 SAID = {
     "data": r"data: x0 is not finite at step {}: nothing was moved",
-    "teacher": r"at step {}: nothing was moved; .* is real_score: output of \S*conv_in",
-    "teacher's output": r"at step {}: nothing was moved; .* is real_score: output of \S*mid_block",
-    "critic": r"at step {}: nothing was moved; .* is fake_score: weight 0.net.conv_in.weight",
-    "critic's output": r"at step {}: nothing was moved; .* is fake_score: output of \S*mid_block",
-    "generator": r"at step {}: nothing was moved; .* is generator: weight 0.net.conv_in.weight",
-    "generator's output": r"at step {}: nothing was moved; .* is generator: output of \S*mid_block",
+    "teacher": r"at step {}: it was not moved; .* is real_score: output of \S*conv_in",
+    "teacher's output": r"at step {}: it was not moved; .* is real_score: output of \S*mid_block",
+    "critic": r"at step {}: it was not moved; .* is fake_score: weight 0.net.conv_in.weight",
+    "critic's output": r"at step {}: it was not moved; .* is fake_score: output of \S*mid_block",
+    "generator": r"at step {}: it was not moved; .* is generator: weight 0.net.conv_in.weight",
+    "generator's output": r"at step {}: it was not moved; .* is generator: output of \S*mid_block",
     "gradient": r"player fake_score is (nan|inf) at step {}: .* is fake_score: gradient of 0.net.conv_in.weight",
     "moment": r"fake_score: exp_avg of 0.net.conv_in.weight is not finite at step {}: nothing was moved",
     "follower": r"generator: \S*conv_in.weight of ema is not finite at step {}: nothing was moved",

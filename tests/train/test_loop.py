@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_is_named_and_moves_nothing(bad_row: int) -> N
 
     one = game(Breaks)
     before = one.weights()["fake_score"]
-    with pytest.raises(NonFinite, match="the loss of player fake_score is inf at step 6: nothing was moved"):
+    with pytest.raises(NonFinite, match="the loss of player fake_score is inf at step 6: it was not moved"):
         train_step(one.objective, batches(6, 8, 4), 6, one.players)
     assert torch.equal(one.weights()["fake_score"], before)
     assert [one.players[name].moves for name in ("generator", "fake_score")] == [1, 0]

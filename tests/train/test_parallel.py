@@ -114,7 +114,7 @@ def test_each_process_holds_its_half(ranks: list[dict[str, Any]]) -> None:
         ("untouched", "True"),
         ("bad_data", "NonFinite: data: noise is not finite at step 2: nothing was moved"),
         ("bad_moment", "NonFinite: generator: exp_avg of "),
-        ("bad_teacher", "NonFinite: the loss of player generator is nan at step 2: nothing was moved; the first "),
+        ("bad_teacher", "NonFinite: the loss of player generator is nan at step 2: it was not moved; the first "),
         ("other_config", "UserError: the processes of this run differ in their config: 1 from 0"),
         ("other_code", "UserError: the processes of this run differ in their package source: 1 from 0"),
         ("same_config", "nothing was raised"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,7 @@ def in_data(run: Run, bad: float) -> None:
     """See `stopped`."""
 
 
-LOSS = rf"the loss of player \w+ is (nan|inf) at step {STEP}: nothing was moved; .* is"
+LOSS = rf"the loss of player \w+ is (nan|inf) at step {STEP}: it was not moved; .* is"
 MOVE = f"at step {STEP}: the move was refused; .* is"
 BEGUN = f"is not finite at step {STEP}: nothing was moved"
 CASES: dict[str, tuple[Callable[[Run, float], None], str]] = {
@@ -178,4 +179,4 @@ def test_looking_costs_a_fraction_of_a_move(run: Run) -> None:
         began = time.perf_counter()
         loop.train_step(run.objective, [given], step, run.players)
         all_of_it.append(time.perf_counter() - began)
-    assert sum(looked) < 0.1 * sum(all_of_it)
+    assert statistics.median(looked) < 0.1 * statistics.median(all_of_it)

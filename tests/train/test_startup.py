@@ -113,6 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = build.build(config.load(write(folder, "before", "small"))[0])
     for i, parameter in enumerate(run.players["generator"].followers["ema"].module.parameters()):
         torch.nn.init.normal_(parameter, std=0.1 * (i + 1))
+    (folder / "earlier").mkdir()
     checkpoint.save(folder / "earlier" / "checkpoints", 1, run.players, run.objective)
     (folder / "before.yaml").unlink()
     for name, case in CASES.items():
