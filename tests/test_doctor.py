@@ -344,4 +344,4 @@ def test_a_run_that_meets_nan_leaves_the_reason(tiny_teacher: Path, tmp_path: Pa
     assert cli.main(["train", *given]) == 2
     run = next((tmp_path / "runs").iterdir())
     assert cli.main(["doctor", str(run)]) == 1
-    assert "the run stopped at step 1: the loss of player generator is nan" in capsys.readouterr().out
+    assert "the run stopped at step 1: generator: weight 0.net.conv_out.weight is not finite" in capsys.readouterr().out
