@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import torch
 from fewstep import cli, finish, metrics
 from fewstep.evals.extractors import sha256
 from fewstep.export import load_run
-from fewstep.hooks import Hooks
+from fewstep.hooks import Best, Hooks
 from fewstep.models import tiny
 from tests.evals.test_extractors import Base
 
@@ -121,6 +124,17 @@ def test_a_wrong_hook_ends_with_one_sentence(
 ) -> None:
     assert cli.main([*given(tiny_teacher, inception, tmp_path, *more), f"--out={tmp_path / 'runs'}"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_value_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    evals = SimpleNamespace(best="raw", hooks={"raw": SimpleNamespace(metric="frechet")})
+    run: Any = SimpleNamespace(config=SimpleNamespace(evals=evals))
+    best = Best(run, tmp_path / "best.json", 0)
+    values = [2.0, math.nan, 5.0, math.inf, 1.0]
+    found = [best.improved(step, {"raw": value}) for step, value in enumerate(values, 1)]
+    assert found == [True, False, False, False, True] and best.step == 5
+    (tmp_path / "best.json").write_text('{"name": "raw", "value": NaN, "step": 3}')
+    assert Best(run, tmp_path / "best.json", 9).step is None
 
 
 def test_resumed_hooks_go_on_and_know_the_best(tiny_teacher: Path, inception: Path, tmp_path: Path) -> None:

@@ -98,6 +98,18 @@ def test_a_finished_stage_is_not_played_again(
     assert checkpoint.sha256(run / "stage_2" / "checkpoints" / "0000004" / "state.safetensors") == gone
 
 
+def test_gone_back_to_an_earlier_stage_the_later_ones_are_played_again(tiny_teacher: Path, tmp_path: Path) -> None:
+    """With another rate, so that stages learnt from the old one would be seen."""
+    run = play("progressive", tiny_teacher, tmp_path / "out")
+    stages = sorted(run.glob("stage_*"))
+    last = [stage / "checkpoints" / "0000004" / "state.safetensors" for stage in stages]
+    before = [checkpoint.sha256(state) for state in last]
+    given = ["configs/scenes/progressive.yaml", *SMALL, f"model.teacher={tiny_teacher}", "players.generator.lr=7e-4"]
+    back = stages[0] / "checkpoints" / "0000002"
+    assert cli.main(["train", *given, "--resume", str(back)]) == 0
+    assert len(last) > 1 and not set(before) & {checkpoint.sha256(state) for state in last}
+
+
 def test_pairs_of_another_teacher_or_guidance_are_made_again(tiny_teacher: Path, tmp_path: Path) -> None:
     def made(*more: str) -> bytes:
         given = [*SMALL, f"model.teacher={tiny_teacher}", *more]

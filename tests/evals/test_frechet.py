@@ -101,3 +101,11 @@ def test_clean_fid_finds_the_same_in_the_same_features() -> None:
     assert frechet_distance(one, two) == pytest.approx(theirs, rel=1e-4)
     kernel = fid.kernel_distance(a.double().numpy(), b.double().numpy(), num_subsets=1, max_subset_size=400)
     assert kernel_distance(a, b) == pytest.approx(kernel, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [100, 5])
+def test_features_that_are_no_numbers_have_no_distance(count: int) -> None:
+    spoiled = torch.randn(count, 8)
+    spoiled[1, 2] = math.nan
+    assert math.isnan(frechet_distance_of_features(spoiled, torch.randn(count, 8)))
+    assert math.isnan(frechet_distance_of_features(torch.randn(count, 8), spoiled))

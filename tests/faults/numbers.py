@@ -28,7 +28,7 @@ SAID = {
     "follower": r"generator: \S*conv_in.weight of ema is not finite at step {}: nothing was moved",
 }
 STEPS = (4, 5)
-"""of six: the generator has its turn in the first and not in the second; step 4 is saved"""
+"""of six: the generator has its turn in the first and not in the second, and the teacher with it; step 4 is saved"""
 
 
 def met(server: Server, whole: Whole, place: str, value: str, step: int, out: Path) -> list[str]:
@@ -58,7 +58,7 @@ def soak(folder: Path) -> dict[str, Any]:
             reference = whole(server, scene, folder / f"on_{scene.processes}")
             for place in SAID:
                 for value in ("nan", "inf"):
-                    for step in STEPS:
+                    for step in STEPS[:1] if "teacher" in place else STEPS:
                         case = f"{place}, {value} at step {step} on {scene.processes}"
                         wrong = met(server, reference, place, value, step, folder / "case")
                         shutil.rmtree(folder / "case")

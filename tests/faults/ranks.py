@@ -36,7 +36,7 @@ def at(phase: str, call: int, **what: Any) -> dict[str, Any]:
 
 STEP, EVALUATION, SAVING = ("step", 9000), ("evaluation", 2000), ("checkpoint", 2000)
 KILLED, SILENT = r"process {} has gone: killed", r"process {} did not answer for [\d.]+ s: stopped"
-LATE = r"process {} did not come where the others waited for [\d.]+ s, but is at fewstep/\S+ \w+"
+LATE = r"process {} did not come where the others waited for [\d.]+ s, but is at fewstep/\S+ \S+"
 
 
 def kinds(phase: tuple[str, int]) -> dict[str, Loss]:

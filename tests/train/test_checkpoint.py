@@ -390,3 +390,17 @@ def test_the_state_holds_tensors_of_every_part(saved: Path) -> None:
     parts = {name.rsplit("/", 1)[0] for name in load_file(saved / STATE)}
     assert {"objective", "generator/network", "generator/follower.ema", "fake_score/network"} < parts
     assert {"generator/optimizer/0.first.weight", "fake_score/optimizer/1.weight"} < parts
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    for name in ("9999999", "10000000", "0000002", "²", "x1"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.available(tmp_path)] == ["0000002", "9999999", "10000000"]
+
+
+def test_an_optimizer_without_all_of_its_moments_is_refused(saved: Path) -> None:
+    state = load_file(saved / STATE)
+    name = next(name for name in state if name.startswith("generator/optimizer/") and name.endswith("/step"))
+    del state[name]
+    with pytest.raises(Damaged, match=r"the optimizer of generator has exp_avg, exp_avg_sq of 0\.first\."):
+        checkpoint.restore(state, World(1).players, World(1).extra)
