@@ -187,11 +187,11 @@ def fresh(step: int, rows: int = 64) -> Draw:
 def test_the_head_learns_the_law_of_what_fits() -> None:
     """Images that are all 0.8 or all -0.8: a network's mean of them is 0, a head of four steps makes both.
 
-    Seen after 800 moves: .75 in size, 6 % of them positive.
+    Seen after 400, 800, 1,200 and 1,600 moves: .73, .69, .78 and .72 in size, 202, 155, 270 and 202 of 512 positive.
     """
     net = headed(4)
     objective = objective_of("flow", 4, net, tangent=Tangent("exact"), equal=0.5)
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     for step in range(800):
         draw = fresh(step)
         x0 = 0.8 * torch.sign(draw.normal("sign", (1, 1, 1))).expand(-1, *SHAPE)
