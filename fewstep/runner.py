@@ -360,6 +360,8 @@ def _play(
     processes.refuse_differences("---\n".join(to_yaml(config) for config in configs))
     for config in configs:
         check_batch(config)
+    if processes.leads():
+        checkpoint.tidy(root)
     torch.manual_seed(configs[0].seed)
     previous: Path | None = None
     run: Run | None = None

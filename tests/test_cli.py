@@ -145,3 +145,16 @@ def test_non_finite_loss_names_player_and_step(tiny_teacher: Path, tmp_path: Pat
         and "no checkpoint had been written yet" in errors
     )
     assert not list(tmp_path.glob("out/*/checkpoints/*"))
+
+
+def test_a_disk_that_fails_anywhere_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/disk/table.json")
+
+    monkeypatch.setattr(cli, "prepare", full)
+    assert cli.main(["prepare", "configs/quickstart.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "fewstep: /disk/table.json could not be read or written (No space left on device)\n"
+    )
