@@ -164,4 +164,4 @@ class Best:
 
 def _is_best(row: Mapping[str, Any]) -> bool:
     value = row.get("value")
-    return isinstance(row.get("step"), int) and isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(row.get("step"), int) and isinstance(value, int | float) and -math.inf < value < math.inf

@@ -38,7 +38,7 @@ def with_sums(subject: str) -> dict[str, Any]:
         took = found["seconds_until_all_others_have_ended"]
         return {
             **found,
-            **{kind: f"{min(each):.0f} to {max(each):.0f}" for kind, each in took.items() if " " not in kind},
+            **{kind: f"{min(each):.1f} to {max(each):.1f}" for kind, each in took.items() if " " not in kind},
         }
     if subject == "concurrency":
         return {**found, "read": sum(count for what, count in found["reads"].items() if what != "checkpoints_seen")}
