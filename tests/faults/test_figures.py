@@ -20,7 +20,7 @@ SAID = {
     "fuzz": "{cases:,} cases",
     "concurrency": "{started_at_once} starts, {resumed_after_a_kill} resumes, {read} reads",
 }
-BAD = ("not_as_promised", "ended otherwise", "ended otherwise than promised")
+BAD = ("not_as_promised", "anything but success or one sentence", "ended otherwise than promised")
 
 
 def figures(subject: str) -> dict[str, Any]:
