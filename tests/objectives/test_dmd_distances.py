@@ -85,7 +85,7 @@ def test_lpips_trains_from_a_file(tiny_teacher: Path, tmp_path: Path) -> None:
     save_file({**vgg, **linear}, tmp_path / "lpips.safetensors")
     given = ("objective.distance=lpips", f"objective.lpips={tmp_path / 'lpips.safetensors'}")
     run = run_of(tiny_teacher, tmp_path, *given)
-    net = run.objective.perceive.__closure__[1].cell_contents  # type: ignore[union-attr]
+    net = run.objective.perceive.net  # type: ignore[union-attr]
     net.side = 32
     logs = train_step(run.objective, build.batches(run)(0), 0, run.players)
     assert logs["regression"] > 0 and run.players["generator"].moves == 1
