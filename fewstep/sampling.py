@@ -18,10 +18,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fewstep import build, config, measure, reading
+from fewstep.card import CARD, read_card
 from fewstep.core.batch import Condition
 from fewstep.core.errors import UserError
 from fewstep.evals.grid import picture
-from fewstep.export import CARD, load_run, read_card, stage_of
+from fewstep.export import load_run, stage_of
 from fewstep.models import loading, schedulers
 from fewstep.models.backbone import Backbone, Guided
 from fewstep.models.bank import Bank, Partition

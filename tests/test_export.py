@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -399,6 +401,40 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path, exported: Exported, monkeyp
         export(run, tmp_path / "other")
     with pytest.raises(UserError, match="could not be written"):
         export(run, tmp_path / "other" / "thesis.txt" / "out")
+
+
+def test_an_export_killed_between_two_names_is_put_right(
+    tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier export gets its name back, even where the next one fails; half of a new one goes."""
+    run, folder = exported.runs["flow-ode-1"], tmp_path / "out"
+    export(run, folder)
+    (folder / "mine.txt").write_text("of the export that was there")
+    folder.rename(tmp_path / ".out.old")
+    (tmp_path / ".out.partial").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("fewstep.export.card", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(UserError, match="No space left"):
+            export(run, folder)
+    assert (folder / "mine.txt").exists() and list(tmp_path.iterdir()) == [folder]
+
+
+def test_two_exports_into_one_place_take_turns(
+    tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder, inside, most = exported.runs["flow-ode-1"], tmp_path / "out", [0], [0]
+
+    def card(*args: object) -> str:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.3)
+        inside[0] -= 1
+        return "---\n---\n"
+
+    monkeypatch.setattr("fewstep.export.card", card)
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda _: export(run, folder), range(3)))
+    assert made == [folder] * 3 and most == [1] and list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_scheduler_that_walks_otherwise_is_refused(tmp_path: Path) -> None:

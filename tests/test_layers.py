@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "fewstep.health": (
         "fewstep.core",
-        "fewstep.export",
+        "fewstep.card",
         "fewstep.health",
         "fewstep.models.families",
         "fewstep.models.loading",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewstep import reading
+from fewstep.card import CARD, read_card
 from fewstep.core.errors import UserError
 from fewstep.core.times import Step
-from fewstep.export import CARD, read_card
 from fewstep.models import schedulers
 from fewstep.models.families import CODECS
 from fewstep.models.loading import pretrained, scheduler_class

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from fewstep import config, export, hooks, measure, runner, sampling
+from fewstep import card, config, export, hooks, measure, runner, sampling
 from fewstep.data.folder import FolderSource
 from fewstep.data.shards import ShardSource
 from fewstep.data.source import PromptSource
@@ -345,7 +345,7 @@ READERS = (
     ),
     Reader("index of weights", "index.json", make_model, read_index),
     Reader("scheduler", "scheduler/scheduler_config.json", make_model, read_scheduler, True, cost=5),
-    Reader("model card", "README.md", make_card, lambda f: export.read_card(f / "README.md"), True, cost=3),
+    Reader("model card", "README.md", make_card, lambda f: card.read_card(f / "README.md"), True, cost=3),
     Reader("best step", "best.json", text("best.json", BEST), read_best),
     Reader("teacher's row", "evals.json", make_stored_row, read_stored_row, True),
     Reader("prompts", "a.txt", text("a.txt", PROMPTS), lambda f: PromptSource(f / "a.txt", 8, 0), True),
