@@ -8,6 +8,7 @@ commit.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
@@ -53,7 +54,9 @@ def again() -> int:
 
 
 def main() -> int:
-    if "--again" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--again", action="store_true", help="run the failures of the record alone")
+    if parser.parse_args().again:
         return again()
     outcomes, began = Outcomes(), time.time()
     code = pytest.main(EVERY, plugins=[outcomes])

@@ -28,7 +28,7 @@ def train_step(objective: Objective, micro_batches: Sequence[Batch], step: int, 
     where a loss or a gradient is not finite, before its player moves.
     """
     count = len(micro_batches)
-    sound = parallel.largest(tensor for _, tensor in soundness.begun(micro_batches, players))
+    sound = parallel.zero_of(tensor for _, tensor in soundness.begun(micro_batches, players))
     turns = [objective.turns(batch, step) for batch in micro_batches]
     logs: dict[str, list[Tensor]] = defaultdict(list)
     result: Logs = {}
@@ -78,8 +78,9 @@ def refuse(
     """Raises NonFinite, in all processes, where the loss is not finite or what the step begins with not `sound`."""
     both = torch.stack([turn.loss.detach().float(), sound.to(turn.loss.device)])
     loss, begun = processes.mean(both).tolist()
-    if not math.isfinite(begun):
-        wrong = soundness.first_of(chain(soundness.given(batches), soundness.kept(players)))
+    if not math.isfinite(begun) and (
+        wrong := soundness.first_of(chain(soundness.given(batches), soundness.kept(players)))
+    ):
         raise NonFinite(f"{wrong} is not finite at step {step}: nothing was moved")
     if not math.isfinite(loss):
         wrong = soundness.first_of(soundness.kept(players)) or soundness.first_output(objective, batches, step)

@@ -115,6 +115,16 @@ def test_what_is_not_finite_is_named_and_nothing_has_moved(where: str, bad: floa
     assert moved(before, state(run)) == set()
 
 
+def test_a_step_goes_on_with_large_values(run: Run) -> None:
+    """What only adds up to more than a float holds is looked at one by one, and found well."""
+    in_moment(run, 3e38)
+    moments = next(iter(run.players["generator"].optimizer.state.values()))
+    moments["exp_avg_sq"].fill_(3e38)
+    loop.train_step(run.objective, [batch(run, STEP, torch.arange(4))], STEP, run.players)
+    soundness.check(run.players, STEP)
+    assert all(player.moves == STEP // (2 if name == "generator" else 1) + 1 for name, player in run.players.items())
+
+
 @pytest.mark.parametrize("where", ["follower", "moment", "generator's weight"])
 def test_what_is_not_finite_is_not_saved(where: str, run: Run) -> None:
     soundness.check(run.players, STEP)
@@ -126,9 +136,15 @@ def test_what_is_not_finite_is_not_saved(where: str, run: Run) -> None:
 
 
 def test_large_values_are_finite_and_whole_numbers_do_not_count() -> None:
-    large = [torch.full((9,), 3e38), torch.full((3,), -3e38), torch.ones(2, dtype=torch.long), torch.ones(0)]
-    assert parallel.finite(large) and parallel.finite([])
-    assert not any(parallel.finite([*large, torch.tensor([1.0, bad])]) for bad in (math.nan, math.inf, -math.inf))
+    half = torch.full((9,), 6e4, dtype=torch.float16)
+    large = [torch.full((9,), 3e38), torch.full((3,), -3e38), half, torch.ones(2, dtype=torch.long), torch.ones(0)]
+    named = [(str(i), value) for i, value in enumerate(large)]
+    assert soundness.sought(named) is None and soundness.sought([]) is None
+    assert parallel.zero_of(large).isnan() and parallel.zero_of([half, torch.full((9,), 1e37)]) == 0
+    for bad in (math.nan, math.inf, -math.inf):
+        for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            wrong = torch.tensor([1.0, bad], dtype=kind)
+            assert soundness.sought([*named, ("wrong", wrong)]) == "wrong" and parallel.zero_of([wrong]).isnan()
 
 
 @pytest.mark.parametrize(
