@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fewstep import reading
 from fewstep.build import Run
 from fewstep.models.experts import TimeExperts
 from fewstep.models.loading import named, part_of
@@ -69,13 +70,17 @@ def how(run: Run) -> str:
     code = "\n".join(
         [
             f"from diffusers import DiffusionPipeline{'' if run.scheduler is None else f', {scheduler}'}\n",
-            f'pipeline = DiffusionPipeline.from_pretrained("{named(str(run.config.model.teacher))}")  # the teacher',
+            f"pipeline = DiffusionPipeline.from_pretrained({_quoted(run.config.model.teacher)})  # the teacher",
             f"pipeline.scheduler = {opened}  # this folder",
             *_loads(run),
         ]
     )
     notes = ["Then it is sampled as above."] if worn is None else _notes(run, named(worn))
     return "\n\n".join([f"## As a LoRA\n\n```python\n{code}\n```", *notes])
+
+
+def _quoted(place: str | None) -> str:
+    return reading.literal(named(str(place)))
 
 
 _EXPERTS = [
@@ -95,7 +100,7 @@ def _loads(run: Run) -> list[str]:
 
 def _two(worn: str, scale: float) -> list[str]:
     return [
-        f'pipeline.load_lora_weights("{named(worn)}", adapter_name="worn")',
+        f'pipeline.load_lora_weights({_quoted(worn)}, adapter_name="worn")',
         f'pipeline.load_lora_weights(".", weight_name="{ALONE}", adapter_name="distillation")',
         f'pipeline.set_adapters(["worn", "distillation"], [{scale:g}, 1.0])',
     ]

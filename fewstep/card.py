@@ -86,7 +86,7 @@ def _how_to_prompt(run: Run) -> str:
     code = (
         "import torch\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipeline = DiffusionPipeline.from_pretrained("."{lacking})  # this folder\n'
-        f'made = pipeline(\n    "{run.conditions.names(torch.zeros(1, dtype=torch.long))[0]}",\n'
+        f"made = pipeline(\n    {reading.literal(run.conditions.names(torch.zeros(1, dtype=torch.long))[0])},\n"
         f"    height={side},\n    width={side},\n{length}    num_inference_steps={len(run.rollout)},\n"
         f"{scales}    generator=torch.Generator().manual_seed(0),\n)\n"
     )
@@ -117,7 +117,7 @@ def _how_to_label(run: Run) -> str:
         meaning = "" if null is None else f', class {null} included, which means "no class"'
         notes.append(f"Without `class_labels` the pipeline draws labels at random{meaning}; no generator seeds them.")
     if labels:
-        notes.append("Labels: " + ", ".join(f"{i} {name}" for i, name in enumerate(labels)) + ".")
+        notes.append("Labels: " + ", ".join(f"{i} {reading.shown(name, 200)}" for i, name in enumerate(labels)) + ".")
     notes[:1] = [notes[0] + _why_trust(run)] if notes else []
     return f"## Sampling\n\n```python\n{code}```\n\n" + "\n\n".join(notes)
 

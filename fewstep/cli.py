@@ -142,7 +142,15 @@ def export(args: argparse.Namespace) -> None:
     run = exporting.load_run(Path(args.run), args.step)
     folder = Path(args.to) if args.to else Path(args.run) / "export"
     dtype = torch.float16 if args.dtype == "float16" else torch.float32
-    print(f"diffusers pipeline: {exporting.export(run, folder, dtype)}")
+    try:
+        print(f"diffusers pipeline: {exporting.export(run, folder, dtype)}")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"the export to {folder} could not be written ({reason}): make room or choose another place"
+        ) from None
 
 
 def report(args: argparse.Namespace) -> None:

@@ -43,7 +43,8 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
 
     The folder is re-opened and walked beside the run's own rollout before it gets its name; an earlier export
     there is replaced. `licence` is an identifier for the model card; default: the teacher's, where its card is at
-    hand. Raises UserError for a run without a route in stock diffusers and for a place that cannot be written.
+    hand. Raises UserError for a run without a route in stock diffusers and for a place that is something else already,
+    and OSError for one that cannot be written.
     """
     backbone, scheduler = exportable(run), scheduler_of(run)
     route, net = route_of(run, backbone.net), stock(backbone.net, dtype)
@@ -52,28 +53,26 @@ def export(run: Run, folder: Path, dtype: torch.dtype = torch.float32, licence: 
     folder = Path(folder).absolute()
     aside = folder.with_name(f".{folder.name}.partial")
     _refuse_foreign(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder.parent):
-            _restore(folder)
-            try:
-                pipeline = route.pipeline(net, scheduler, partial(stock, dtype=dtype))
-                save_plainly(pipeline, aside)
-                adapter.write(run, pipeline, aside, dtype)
-                _check(run, backbone, net, route, aside)
-                (aside / CARD).write_text(card(run, dtype, route.tag, licence))
-                _replace(aside, folder)
-            finally:
-                _remove(aside)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"the export to {folder} could not be written ({reason}): make room or choose another place"
-        ) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder.parent):
+        _tidy(folder)
+        try:
+            pipeline = route.pipeline(net, scheduler, partial(stock, dtype=dtype))
+            save_plainly(pipeline, aside)
+            adapter.write(run, pipeline, aside, dtype)
+            _check(run, backbone, net, route, aside)
+            (aside / CARD).write_text(card(run, dtype, route.tag, licence))
+            _replace(aside, folder)
+        except SafetensorError as error:
+            raise OSError(f"the weights of the export to {folder} could not be written: {error}") from None
+        finally:
+            _tidy(folder)
     return folder
 
 
 def _refuse_foreign(folder: Path) -> None:
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, and an export replaces what is there: give the folder that it leads to")
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and is no earlier export: choose a new or an empty folder")
 
@@ -94,22 +93,20 @@ def _put_by(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _restore(folder: Path) -> None:
-    """What an export that was killed has left: the earlier one gets its name back, half of a new one goes."""
-    _remove(folder.with_name(f".{folder.name}.partial"))
-    if _put_by(folder).is_dir() and not folder.exists():
-        _put_by(folder).rename(folder)
-
-
 def _replace(aside: Path, folder: Path) -> None:
-    old = _put_by(folder)
-    if folder.is_symlink():
-        folder = folder.resolve()
     if folder.exists():
-        _remove(old)
-        folder.rename(old)
+        folder.rename(_put_by(folder))
     aside.rename(folder)
-    _remove(old)
+
+
+def _tidy(folder: Path) -> None:
+    """Half of a new export goes; an earlier one that was put by goes too, or gets its name back where none has it."""
+    old = _put_by(folder)
+    _remove(folder.with_name(f".{folder.name}.partial"))
+    if folder.exists() or old.is_symlink():
+        _remove(old)
+    elif old.is_dir():
+        old.rename(folder)
 
 
 def _remove(path: Path) -> None:

@@ -28,7 +28,7 @@ ARCHIVE = 4096 * MIB
 """the most bytes that a packed file of arrays may have when it is unpacked"""
 
 _DEEPEST = 50
-MOST_PIXELS = 100_000_000
+MOST_PIXELS = 64_000_000
 _FREE_PIXELS, _PACKED = 2**22, 10_000
 """pixels that any picture may have; beyond them, how many one byte of its file can stand for"""
 
@@ -230,6 +230,11 @@ def shown(said: str, most: int = 2000) -> str:
     """`said` for a line of a terminal: nothing in it moves the cursor or breaks the line, and it ends somewhere."""
     said = said if len(said) <= most else f"{said[:most]}.."
     return "".join(mark if mark.isprintable() else " " if mark.isspace() else "\ufffd" for mark in said)
+
+
+def literal(said: str, most: int = 200) -> str:
+    """`said` as a string of Python's on one line, which ends where it ends whatever is in it."""
+    return json.dumps(shown(said, most), ensure_ascii=False)
 
 
 def _unreadable(path: Path, why: object) -> UserError:

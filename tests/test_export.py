@@ -390,7 +390,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path, exported: Exported, monkeyp
     (folder / "mine.txt").write_text("of the export that was there")
     with monkeypatch.context() as patch:
         patch.setattr("fewstep.export.card", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(UserError, match="No space left"):
+        with pytest.raises(OSError, match="No space left"):
             export(run, folder)
     assert (folder / "mine.txt").exists() and list(tmp_path.iterdir()) == [folder]
     export(run, folder)
@@ -399,8 +399,43 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path, exported: Exported, monkeyp
     (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="no earlier export"):
         export(run, tmp_path / "other")
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(OSError, match="exists"):
         export(run, tmp_path / "other" / "thesis.txt" / "out")
+
+
+def test_an_export_that_fails_between_two_names_leaves_the_earlier_one(
+    tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = exported.runs["flow-ode-1"], tmp_path / "out"
+    export(run, folder)
+    (folder / "mine.txt").write_text("of the export that was there")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(28, "No space left")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(OSError, match="No space left"):
+            export(run, folder)
+    assert (folder / "mine.txt").exists() and list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_export_follows_no_link(tmp_path: Path, exported: Exported) -> None:
+    """The export of a run folder that came from elsewhere may be a link to what must stay."""
+    run, precious, link = exported.runs["flow-ode-1"], tmp_path / "precious", tmp_path / "export"
+    export(run, precious)
+    (precious / "mine.txt").write_text("mine")
+    link.symlink_to(precious)
+    with pytest.raises(UserError, match="export is a link, and an export replaces what is there"):
+        export(run, link)
+    link.unlink()
+    (tmp_path / ".export.old").symlink_to(precious)
+    (tmp_path / ".export.partial").symlink_to(precious)
+    export(run, link)
+    assert (precious / "mine.txt").exists() and set(tmp_path.iterdir()) == {precious, link} and not link.is_symlink()
 
 
 def test_an_export_killed_between_two_names_is_put_right(
@@ -414,7 +449,7 @@ def test_an_export_killed_between_two_names_is_put_right(
     (tmp_path / ".out.partial").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr("fewstep.export.card", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(UserError, match="No space left"):
+        with pytest.raises(OSError, match="No space left"):
             export(run, folder)
     assert (folder / "mine.txt").exists() and list(tmp_path.iterdir()) == [folder]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep import adapter, build, cli, config, export, runner
+from fewstep import adapter, build, card, cli, config, export, runner
 from fewstep.core.errors import UserError
 from fewstep.models.loading import part_of
 from fewstep.train import checkpoint
@@ -238,6 +239,18 @@ def test_the_code_of_the_card_makes_the_fused_export(made: Any, given: Given, tm
     said = (folder / "README.md").read_text()
     assert f"`{base.name}` with the LoRA `{user.name}` at a scale of {SCALE}" in said and str(user) not in said
     assert apart(drawn(run_card(folder, base, user)), drawn(opened(folder))) < 1e-4
+
+
+def test_a_prompt_in_the_card_stays_a_prompt(given: Given, tmp_path: Path) -> None:
+    """The card's first prompt is one that a file brought, in code that its reader is told to run."""
+    prompt = 'a disc"); raise SystemExit("run"); print("\\'
+    arguments = given("sd15")
+    (tmp_path / "prompts.txt").write_text(f"{prompt}\n")
+    run = build.build(config.load(arguments[0], arguments[1:])[0])
+    code = card.card(run, torch.float32).split("```python\n")[1].split("```")[0]
+    *_, call = ast.parse(code).body
+    assert isinstance(call, ast.Assign) and isinstance(call.value, ast.Call) and len(ast.parse(code).body) == 4
+    assert ast.literal_eval(call.value.args[0]) == prompt
 
 
 def test_a_worn_lora_that_is_more_than_products_stays_a_file_of_its_own(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MEMORY = 2**30
 """bytes of decoded pictures that are kept; where all of them would be more, each is decoded whenever it is asked for"""
+LARGE = 2**24
+"""pixels from which on pictures are decoded one at a time, for each takes up to 0.8 GB meanwhile"""
+_ALONE = threading.Lock()
 MANY = 2000
 """pictures whose check is worth a progress bar"""
 
@@ -53,19 +58,25 @@ def pixels_of(content: bytes, resolution: int) -> Tensor:
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            reading.sized(opened.size, len(content))
-            opened.draft(None, (2 * resolution, 2 * resolution))  # type: ignore[arg-type]
-            opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)
-            image = opened if opened.mode == "RGB" else opened.convert("RGB")
+            size = opened.size
+        reading.sized(size, len(content))
+        with _ALONE if size[0] * size[1] > LARGE else nullcontext():
+            square = _square(content, resolution)
+            image = square if square.mode == "RGB" else square.convert("RGB")
+            return transforms.resize(transforms.pil_to_tensor(image), [resolution, resolution], antialias=True)
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise OSError(str(error)) from None
-    width, height = image.size
-    if width != height:
-        side = min(width, height)
-        left, top = round((width - side) / 2), round((height - side) / 2)
-        image = image.crop((left, top, left + side, top + side))
-    return transforms.resize(transforms.pil_to_tensor(image), [resolution, resolution], antialias=True)
+
+
+def _square(content: bytes, resolution: int) -> Image.Image:
+    """The square in the middle, in the colours of the file: of large pictures only so much is converted."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        opened.draft(None, (2 * resolution, 2 * resolution))  # type: ignore[arg-type]
+        opened.load()
+        ImageOps.exif_transpose(opened, in_place=True)
+        side = min(opened.size)
+        left, top = (round((length - side) / 2) for length in opened.size)
+        return opened.crop((left, top, left + side, top + side))
 
 
 def scaled(pixels: Tensor) -> Tensor:
@@ -156,7 +167,7 @@ def _checked(pictures: Sequence[Picture], resolution: int, kept: bool) -> Iterat
 
     quiet = len(pictures) < MANY
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool,
         tqdm(total=len(pictures), unit="picture", desc="checking pictures", dynamic_ncols=True, disable=quiet) as bar,
     ):
         for start in range(0, len(pictures), MANY):

@@ -16,6 +16,8 @@ from fewstep.core.errors import UserError
 
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _BATCH = 64
+_TOKENIZER = {"clean", "strip_sep_token", "language"}
+"""what a folder may tell open_clip's tokenizer; the rest would go to transformers, code to be trusted among it"""
 
 
 class Clip:
@@ -37,6 +39,8 @@ class Clip:
             if not needed.is_file():
                 raise UserError(f"the CLIP {source} needs the file {needed}: put it there, for nothing is downloaded")
         _refuse_hub(str(source), folder)
+        if folder:
+            _refuse_code(folder)
         self._model, self._tokenizer = _load(str(source), folder, file)
         self._model.to(device).eval().requires_grad_(False)
         self._prepare, self.resize = _preparation(self._model.visual.preprocess_cfg)
@@ -80,10 +84,26 @@ def _refuse_hub(source: str, folder: Path | None) -> None:
         )
 
 
-def _of_folder(folder: Path) -> dict[str, Any]:
-    """The description of the text model in a folder. Raises UserError."""
+def _refuse_code(folder: Path) -> None:
+    """Raises UserError for a folder whose parts would bring code, or have timm fetch weights."""
+    told, seen = _of_folder(folder).get("tokenizer_kwargs") or {}, _of_folder(folder, "vision_cfg")
+    if not isinstance(told, dict) or (foreign := sorted(set(told) - _TOKENIZER)):
+        foreign = foreign if isinstance(told, dict) else [told]
+        raise UserError(
+            f"{folder / _CONFIG} tells the tokenizer {reading.shown(', '.join(map(str, foreign)), 100)}: allowed in "
+            f"tokenizer_kwargs are {', '.join(sorted(_TOKENIZER))}; remove the rest"
+        )
+    if seen.get("timm_model_pretrained") or ":" in str(seen.get("timm_model_name", "")):
+        raise UserError(
+            f"{folder / _CONFIG} would have timm fetch its image model, and nothing is downloaded here: take a CLIP "
+            f"whose weights are all in {_WEIGHTS}"
+        )
+
+
+def _of_folder(folder: Path, part: str = "text_cfg") -> dict[str, Any]:
+    """The description of one part of the model in a folder. Raises UserError."""
     try:
-        return dict(reading.described(folder / _CONFIG)["model_cfg"]["text_cfg"])
+        return dict(reading.described(folder / _CONFIG)["model_cfg"][part])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / _CONFIG} is no configuration of open_clip: {type(error).__name__}, {error}"
@@ -107,10 +127,17 @@ def _load(source: str, folder: Path | None, file: Path) -> tuple[Any, Any]:
 
     name, weights = (f"local-dir:{folder}", None) if folder else (source, str(file))
     try:
-        return open_clip.create_model(name, weights, require_pretrained=True), open_clip.get_tokenizer(name)
+        model = open_clip.create_model(name, weights, require_pretrained=True)
+        return model, open_clip.get_tokenizer(name, **_unlinked(folder))
     except Exception as error:  # a damaged file fails in any of several libraries, each with errors of its own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"the weights {file} cannot be read as a CLIP: {reason}") from error
+
+
+def _unlinked(folder: Path | None) -> dict[str, bool]:
+    """What keeps transformers from code and from the Hub, where a folder has one of its tokenizers."""
+    own = folder is not None and _of_folder(folder).get("hf_tokenizer_name")
+    return {"trust_remote_code": False, "local_files_only": True} if own else {}
 
 
 def _preparation(numbers: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], str]:

@@ -1,4 +1,7 @@
-"""A run goes on when nobody reads along any more: the `tee` of a pipe dies of the same Ctrl-C that asks it to save."""
+"""A run goes on when nobody reads along any more.
+
+The `tee` of a pipe dies of the same Ctrl-C that asks it to save, a terminal is closed, the disk of a `> log` is full.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any, TextIO
 
 
 class Unheard:
-    """A stream that falls silent where writing to it fails because its reader has gone."""
+    """A stream that falls silent where it cannot be written any more."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -18,14 +21,14 @@ class Unheard:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
+        except OSError:
             self._fall_silent()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self._fall_silent()
 
     def _fall_silent(self) -> None:

@@ -185,3 +185,34 @@ def test_an_unknown_architecture_is_refused() -> None:
 def test_there_must_be_a_caption_for_each_image(clip: Clip) -> None:
     with pytest.raises(ValueError, match="2 images need 2 captions"):
         clip.score(torch.zeros(2, 3, 64, 64), ["a disc"])
+
+
+def told(folder: Path, **changed: dict[str, Any]) -> Path:
+    """The shipped CLIP in `folder`, with more in parts of its configuration."""
+    described = json.loads(CONFIG.read_text())
+    for part, more in changed.items():
+        described["model_cfg"][part] |= more
+    return copied(folder, config=json.dumps(described).encode())
+
+
+@pytest.mark.parametrize("kwargs", [{"trust_remote_code": True}, {"use_fast": False, "clean": "lower"}, ["code"]])
+def test_a_folder_tells_the_tokenizer_nothing_that_brings_code(tmp_path: Path, kwargs: Any) -> None:
+    (tmp_path / "tok.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Tok: pass\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tok.Tok", null]}}')
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    said = sentence(told(tmp_path, text_cfg={"hf_tokenizer_name": "x", "tokenizer_kwargs": kwargs}))
+    assert f"{tmp_path / CONFIG.name} tells the tokenizer" in said and "strip_sep_token; remove the rest" in said
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_tokenizer_of_its_own_brings_no_code(tmp_path: Path) -> None:
+    (tmp_path / "tok.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Tok: pass\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tok.Tok", null]}}')
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    assert "cannot be read as a CLIP" in sentence(told(tmp_path, text_cfg={"hf_tokenizer_name": "x"}))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("seen", [{"timm_model_name": "hf-hub:a/b"}, {"timm_model_pretrained": True}])
+def test_a_folder_has_timm_fetch_nothing(tmp_path: Path, seen: dict[str, Any]) -> None:
+    assert "would have timm fetch its image model" in sentence(told(tmp_path, vision_cfg=seen))

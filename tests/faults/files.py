@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import os
 import pickle
 import shutil
@@ -17,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
+from fewstep.reading import MOST_PIXELS
 from tests.faults.bounds import bounded, ending
 from tests.faults.readers import READERS, Reader, header_of, png, sealed_png
 
@@ -127,6 +130,14 @@ def commented_picture() -> bytes:
     return whole[:33] + chunk + whole[33:]
 
 
+@functools.cache
+def largest_picture() -> bytes:
+    """As many pixels as a picture may have, of the kind that takes most memory."""
+    file, side = io.BytesIO(), math.isqrt(MOST_PIXELS)
+    Image.new("RGBA", (side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
 def program_picture() -> bytes:
     """PostScript: some readers of pictures would run it."""
     said = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(/tmp/mark) (w) file closefile\n%%EOF\n"
@@ -184,6 +195,7 @@ KINDS: dict[str, Hostile] = {
     "a tensor of no rows, many": of_bytes(header_of([2**62, 0], end=0)),
     "a tensor of an unknown type": of_bytes(header_of([2, 3], "F31")),
     "a giant picture": of_bytes(giant_picture()),
+    "the largest picture": lambda file, mark: of_bytes(largest_picture())(file, mark),  # made when it is asked for
     "a comment of a picture": of_bytes(commented_picture()),
     "a program as a picture": of_bytes(program_picture()),
     "a tar that goes back": of_bytes(tar_of(pax(b"size=-9999999"), ("a.png", 0, b"", tarfile.REGTYPE))),

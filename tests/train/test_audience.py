@@ -26,6 +26,14 @@ def test_a_stream_without_a_reader_falls_silent() -> None:
     stream.close()
 
 
+def test_a_full_disk_under_the_log_is_no_end_of_a_run() -> None:
+    stream = audience.Unheard(open("/dev/full", "w", buffering=1))  # noqa: SIM115
+    for _ in range(3):
+        assert stream.write("unheard\n") == 8
+        stream.flush()
+    stream.close()
+
+
 def test_what_is_printed_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with audience.optional():
         print("one")
