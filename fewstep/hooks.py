@@ -16,6 +16,7 @@ import torch
 from fewstep import measure, reading
 from fewstep.build import Run
 from fewstep.config import HookConfig
+from fewstep.core.errors import UserError
 from fewstep.data.source import FolderSource, Source
 from fewstep.evals import references
 from fewstep.evals.extractors import Extractor, ReaderFeatures, open_extractor

@@ -80,6 +80,7 @@ class Training:
         asked = processes.either(self.interrupts.asked is not None)
         if due or asked:
             self.save(done)
+            asked = asked or processes.either(self.interrupts.asked is not None)  # while it was saving
         self.stepped = time.perf_counter()
         return asked
 
@@ -169,6 +170,7 @@ class Training:
     def save(self, done: int) -> Path:
         soundness.check(self.run.players, done)
         began = time.perf_counter()
+        self.folder.settle("log.jsonl", "evals.jsonl")
         path = checkpoint.save(self.folder.checkpoints, done, self.run.players, self.run.objective)
         if processes.leads():
             checkpoint.prune(path, self.run.config.save.keep, self.best.step)
@@ -211,13 +213,30 @@ def check_resumed(config: Config, root: Path) -> None:
         return
     reading.settings(stored)  # what cannot be read is named
     changed = differences(reading.text(stored), to_yaml(config))
-    if wrong := [said for key, said in changed.items() if not key.startswith(_CHANGEABLE)]:
+    fixed = _followed(stored, config)
+    if wrong := [said for key, said in changed.items() if not key.startswith(_CHANGEABLE) or fixed(key)]:
         raise UserError(
             f"the run in {root} was started with other settings ({'; '.join(wrong)}): resume it with its own, or start "
             "a new run"
         )
     if changed and processes.leads():
         print(f"resumed with changes: {'; '.join(changed.values())}")
+
+
+def _followed(stored: Path, config: Config) -> Callable[[str], bool]:
+    """Whether a key of a player says which tensors a checkpoint has of it: its LoRA, and whether it has an average."""
+    before = reading.settings(stored).get("players")
+
+    def fixed(key: str) -> bool:
+        room, _, rest = key.partition(".")
+        name, _, what = rest.partition(".")
+        if room != "players" or what != "ema":
+            return room == "players" and what.startswith("lora")
+        old = before.get(name, {}) if isinstance(before, dict) else {}
+        had = bool(old.get("ema")) if isinstance(old, dict) else False
+        return name not in config.players or had != bool(config.players[name].ema)
+
+    return fixed
 
 
 def check_batch(config: Config) -> None:
@@ -281,7 +300,14 @@ def teacher_of(config: Config) -> dict[str, Any]:
         "lora": model.lora,
         "lora_scale": model.lora_scale,
         "lora_commit": loading.commit_of(model.lora),
+        "beside": {source: commit for source in _beside(config) if (commit := loading.commit_of(source))},
     }
+
+
+def _beside(config: Config) -> list[str]:
+    """From where networks other than the teacher start, but for earlier stages."""
+    named = [*config.start.values(), getattr(config.objective, "target_teacher", None)]
+    return [source for source in named if source and source != "teacher" and not source.startswith("previous.")]
 
 
 def walked(run: Run) -> dict[str, Any]:
@@ -325,6 +351,10 @@ def play(
         _play(configs, root, resume, finish, interrupts or Interrupts())
     except BrokenPipeError:
         raise
+    except checkpoint.Damaged as error:
+        if root.is_dir():
+            raise
+        raise unwritten(OSError(str(error)), root) from None
     except OSError as error:
         raise unwritten(error, root) from None
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import cli, finish, metrics
+from fewstep import cli, finish, hooks, metrics
+from fewstep.core.errors import UserError
 from fewstep.evals.extractors import sha256
 from fewstep.export import load_run
 from fewstep.hooks import Best, Hooks
@@ -206,3 +207,9 @@ def test_a_prompted_run_logs_fid_and_clip_score_and_keeps_the_best(inception: Pa
     said = json.loads((folder / "protocols.json").read_text())
     weights = Path("assets/scenes_clip/open_clip_model.safetensors")
     assert said["clip"]["weights_sha256"] == sha256(weights) and said["clip"]["asked"] == "unseen captions"
+
+
+def test_a_distance_to_the_teacher_needs_a_teacher() -> None:
+    run = SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(teacher=None)))
+    with pytest.raises(UserError, match="compares with a teacher, but this run has none"):
+        hooks._teacher(run)  # type: ignore[arg-type]

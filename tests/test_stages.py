@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -135,8 +136,15 @@ def test_a_resumed_run_keeps_what_it_learns(
     said = capsys.readouterr().err
     assert "model.guidance was 1.0, is 3.0" in said and "seed was 0, is 9" in said
     assert "guidance: 1.0" in (run / "config.yaml").read_text()
-    assert cli.main(["train", *given, "steps=6", "players.generator.lr=1e-5"]) == 0
-    assert "resumed with changes: steps was 4, is 6" in capsys.readouterr().out
+    for more in ("players.generator.ema=0", "players.fake_score.ema=0.5", "players.generator.lora.rank=2"):
+        assert cli.main(["train", *given, more]) == 2
+        said = capsys.readouterr().err
+        assert f"{more.split('=')[0]} was " in said and "was started with other settings" in said
+    assert cli.main(["train", *given, "steps=6", "players.generator.lr=1e-5", "players.generator.ema=0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "resumed with changes: steps was 4, is 6" in said and "players.generator.ema was " in said
+    rates = [row["generator/lr"] for row in map(json.loads, (run / "log.jsonl").open()) if "generator/lr" in row]
+    assert rates[0] > 2e-5 and all(0.9e-5 < rate <= 1e-5 for rate in rates[-2:])  # it falls along a cosine
 
 
 FLOWS = ["progressive", "reflow_rounds", "slimflow", "tcm"]

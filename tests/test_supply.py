@@ -235,6 +235,18 @@ def test_a_lora_of_the_hub_is_pinned_too(cache: Path, tmp_path: Path) -> None:
     assert origin["commit"] is None and origin["lora_commit"] == OLD
 
 
+def test_what_stands_beside_the_teacher_is_pinned_too(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = told(str(tmp_path))
+    made.start = {"generator": "owner/name", "fake_score": "previous.fake_score", "real_score": "teacher"}
+    assert recorded(tmp_path / "run", made)["beside"] == {"owner/name": OLD}
+    monkeypatch.setattr(hub, "_COMMITS", {})
+    (cache / "refs" / "main").write_text(NEW)
+    hub.pin_as_recorded(tmp_path / "run" / "origin.json")
+    assert scale_of(loading.load("owner/name")) == 1
+
+
 def test_what_is_no_commit_pins_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "origin.json").write_text(json.dumps({"teacher": {"source": "owner/name", "commit": "../../x"}}))
     hub.pin_as_recorded(tmp_path / "origin.json")

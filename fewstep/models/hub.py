@@ -123,3 +123,7 @@ def pin_as_recorded(origin: Path) -> None:
             and _is_commit(told.get(commit))
         ):
             _COMMITS[told[name], told.get(revision)] = told[commit]
+    beside = told.get("beside")
+    for source, commit in beside.items() if isinstance(beside, dict) else ():
+        if _is_commit(commit):
+            _COMMITS[source, None] = commit

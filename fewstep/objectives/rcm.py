@@ -19,6 +19,7 @@ from fewstep.core.errors import UserError
 from fewstep.core.times import Times
 from fewstep.objectives import consistency, dmd2, scm
 from fewstep.objectives.base import Logs, Turn, Turns, sample_logs
+from fewstep.objectives.consistency import Config as Discrete
 from fewstep.rollout import Sample
 
 
@@ -35,7 +36,7 @@ class Config(scm.Config):
     """weight of the consistency; the score gap has a factor of 1/2 in it, so that the paper's 100 to 1 is 50 to 1"""
     gap: float = 1.0
     """weight of the score gap and of what `matching` has beside it; 0 needs no critic"""
-    discrete: consistency.Config | None = None
+    discrete: Discrete | None = None
     """consistency on a grid in place of the continuous one"""
     matching: dmd2.Config = field(default_factory=lambda: dmd2.Config(ratio=5, gan_weight=0.0))
     """the score gap, its critic and its cadence"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -220,7 +221,7 @@ def available(folder: Path) -> list[Path]:
 def verify(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are whole. Raises Damaged, naming the file and the newest that is."""
     if (damage := wrong(path)) is not None:
-        sound = newest_sound(path.parent)
+        sound = newest_sound(path.parent) or _of_earlier_stage(path)
         instead = f"resume from the newest that is whole with --resume {sound}" if sound else "no other one is whole"
         raise Damaged(f"the checkpoint {path} is damaged ({damage}): {instead}")
     return reading.fields(path / MANIFEST)
@@ -283,6 +284,17 @@ def steady(choose: Callable[[], Path], read: Callable[[Path], T]) -> T:
                 raise
 
 
+def _of_earlier_stage(path: Path) -> Path | None:
+    """The newest whole checkpoint of the stages before that of the checkpoint `path`."""
+    stage = path.parent.parent
+    number = lambda folder: int(folder.name.removeprefix("stage_"))
+    if not (stage.name.removeprefix("stage_").isdecimal() and stage.name.startswith("stage_")):
+        return None
+    beside = (f for f in stage.parent.glob("stage_*") if f.name.removeprefix("stage_").isdecimal())
+    earlier = sorted((folder for folder in beside if number(folder) < number(stage)), key=number, reverse=True)
+    return next((sound for folder in earlier if (sound := newest_sound(folder / "checkpoints"))), None)
+
+
 def prune(newest: Path, keep: int, best: int | None = None) -> None:
     """Once `newest` is verified, removes its elders beyond `keep`, but that of the step `best`, and all after it.
 
@@ -290,6 +302,8 @@ def prune(newest: Path, keep: int, best: int | None = None) -> None:
     """
     folder, every = newest.parent, available(newest.parent)
     tidy(folder)
+    if newest not in every:
+        raise FileNotFoundError(errno.ENOENT, "it has gone since it was written", str(newest))
     here = every.index(newest) + 1
     elders, later = every[:here], every[here:]
     old = [path for path in elders[:-keep] if int(path.name) != best] + later

@@ -65,9 +65,13 @@ def _take(root: Path, mine: list[int]) -> str | None:
 
 
 def _give_back(file: int, root: Path, new: list[Path]) -> None:
-    """Leaves nothing of the lock, and of a run that has written nothing no folder either."""
+    """Leaves nothing of the lock, and of a run that has written nothing no folder either.
+
+    Where the folder was removed meanwhile the name may be that of another run's lock.
+    """
     with suppress(OSError):
-        (root / NAME).unlink()
+        if _still(root / NAME, file):
+            (root / NAME).unlink()
         for folder in new:
             folder.rmdir()
     _held.discard(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -50,6 +51,13 @@ class RunDir:
             return
         with (self.root / name).open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def settle(self, *names: str) -> None:
+        """Has the disk hold what was added to `names`, so that no checkpoint outlives the log before it."""
+        for path in (self.root / name for name in names):
+            if processes.leads() and path.exists():
+                with path.open("a") as file:
+                    os.fsync(file.fileno())
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The JSON lines of `name`; a last line cut short by a crash is left out."""

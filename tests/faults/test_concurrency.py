@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -64,6 +66,18 @@ def test_a_lock_leaves_nothing_and_follows_no_link(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{lock.NAME} could not be written"), lock.held(tmp_path):
         pass
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_a_run_whose_folder_was_removed_leaves_the_lock_of_the_next_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with lock.held(folder):
+        shutil.rmtree(folder)
+        following = contextlib.ExitStack()
+        following.enter_context(lock.held(folder))
+    with following:
+        assert (folder / lock.NAME).is_file()
+        with pytest.raises(UserError, match="another run is writing"), lock.held(folder):
+            pass
 
 
 def test_where_there_are_no_locks_it_is_said(

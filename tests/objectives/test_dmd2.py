@@ -32,7 +32,7 @@ from oracle import (
 )
 from torch import nn
 
-from fewstep.core.batch import Condition
+from fewstep.core.batch import Batch, Condition
 from fewstep.core.errors import UserError
 from fewstep.core.prediction import Kind
 from fewstep.core.schedule import Flow, NoiseSchedule, add_noise

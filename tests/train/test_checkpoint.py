@@ -320,6 +320,27 @@ def test_pruning_waits_for_a_new_checkpoint_that_is_whole(tmp_path: Path) -> Non
     assert [p.name for p in checkpoint.available(tmp_path)] == ["0000001", "0000003"]
 
 
+def test_pruning_where_the_run_has_gone_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="it has gone since it was written"):
+        checkpoint.prune(tmp_path / "0000003", 1)
+
+
+def test_of_a_damaged_stage_the_stage_before_is_offered(tmp_path: Path) -> None:
+    world = World()
+    for stage, steps in (("stage_1", (4,)), ("stage_2", (4,)), ("stage_9", (4,)), ("stage_10", (2, 4))):
+        (tmp_path / stage).mkdir()
+        for step in steps:
+            world.save(tmp_path / stage / "checkpoints", step)
+    last = tmp_path / "stage_10" / "checkpoints"
+    for step, offered in ((4, last / "0000002"), (2, tmp_path / "stage_9" / "checkpoints" / "0000004")):
+        flip(last / f"{step:07d}" / STATE)
+        with pytest.raises(Damaged, match=f"--resume {offered}$"):
+            checkpoint.verify(last / "0000004")
+    with pytest.raises(Damaged, match="no other one is whole"):
+        flip(tmp_path / "stage_1" / "checkpoints" / "0000004" / STATE)
+        checkpoint.verify(tmp_path / "stage_1" / "checkpoints" / "0000004")
+
+
 def test_what_was_gone_back_on_is_removed_after_the_next_checkpoint(tmp_path: Path) -> None:
     """A later resume would go on from it otherwise, though the log behind it is cut."""
     world = World()

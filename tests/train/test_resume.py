@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep import cli
 from fewstep.config import SaveConfig
 from fewstep.core.errors import UserError
+from fewstep.train import checkpoint
 
 QUICK = [
     "steps=14",
@@ -116,3 +120,37 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_offered(whole: Path, t
         weights.write_bytes(kept)
     assert found.returncode == 2
     assert str(checkpoints[-1]) in found.stderr and f"--resume {checkpoints[-2]}" in found.stderr
+
+
+def test_a_signal_during_a_checkpoint_stops_the_run_at_it(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No further step is played, and nothing saved a second time."""
+    saved, save = [], checkpoint.save
+
+    def signalled(folder: Path, step: int, *rest: Any) -> Path:
+        saved.append(step)
+        if len(saved) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", signalled)
+    given = ["configs/scenes/dmd2.yaml", f"model.teacher={tiny_teacher}", "batch=4", "steps=50", "save.every=5"]
+    assert cli.main(["train", *given, "evals.samples=0", f"--out={tmp_path}"]) == 0
+    assert saved == [5] and "stopped by SIGTERM; saved in" in capsys.readouterr().out
+
+
+def test_a_run_whose_folder_goes_between_two_writes_says_so(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look = checkpoint.verify
+
+    def removed(path: Path) -> dict[str, Any]:
+        shutil.rmtree(run_folder(tmp_path))
+        return look(path)
+
+    monkeypatch.setattr(checkpoint, "verify", removed)
+    given = ["configs/scenes/dmd2.yaml", f"model.teacher={tiny_teacher}", "batch=4", "steps=50", "save.every=2"]
+    assert cli.main(["train", *given, "save.keep=1", "evals.samples=0", f"--out={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert "has gone while the run went on" in said and "damaged" not in said
