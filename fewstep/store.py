@@ -128,6 +128,8 @@ class Store:
         if not processes.leads():
             return
         index = {"recipe": json.loads(self.recipe), "count": self.count, "shards": shards}
+        if index == self.index():
+            return
         write_text(self.folder / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
 
     def shards(self) -> list[dict[str, Tensor]]:

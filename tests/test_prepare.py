@@ -135,6 +135,9 @@ def test_a_finished_folder_is_looked_at_and_repaired(given: list[str], whole: Pa
     assert content(tmp_path / "out") != content(whole)
     assert prepare(given, tmp_path / "out") == 0
     assert content(tmp_path / "out") == content(whole)
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+    assert prepare(given, tmp_path / "out") == 0
+    assert stamps == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
 
 
 def test_training_reads_what_is_prepared(

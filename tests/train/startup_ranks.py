@@ -62,9 +62,9 @@ def pairs(run: Run, folder: Path) -> Tensor:
     build.prepare(run, folder, None)
     made = run.pairs
     assert made is not None
-    again = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    again = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     build.prepare(run, folder, None)
-    assert len(again) == 1 and again == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert len(again) == 3 and again == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     return made.x0
 
 
