@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,15 @@ class Clip:
         _refuse_hub(str(source), folder)
         if folder:
             _refuse_code(folder)
-        self._model, self._tokenizer = _load(str(source), folder, file)
-        self._model.to(device).eval().requires_grad_(False)
-        self._prepare, self.resize = _preparation(self._model.visual.preprocess_cfg)
-        self._device = torch.device(device)
-        self.name = Path(source).resolve().name
+        self.name, self._device = Path(source).resolve().name, torch.device(device)
+        with _refused(file):
+            self._model, self._tokenizer = _load(str(source), folder, str(file))
+            self._model.to(device).eval().requires_grad_(False)
+            self._prepare, self.resize = _preparation(self._model.visual.preprocess_cfg)
+            self.width = self.texts([""]).shape[1]
+            self.features(torch.zeros(1, 3, 8, 8))  # numbers that no image can be prepared by are known at once
         with file.open("rb") as stream:
             self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        self.width = self.texts([""]).shape[1]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -121,15 +123,23 @@ def _of_architecture(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name)["text_cfg"]
 
 
-def _load(source: str, folder: Path | None, file: Path) -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer. Raises UserError."""
+def _load(source: str, folder: Path | None, file: str) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer."""
     import open_clip
 
-    name, weights = (f"local-dir:{folder}", None) if folder else (source, str(file))
+    name, weights = (f"local-dir:{folder}", None) if folder else (source, file)
+    model = open_clip.create_model(name, weights, require_pretrained=True)
+    return model, open_clip.get_tokenizer(name, **_unlinked(folder))
+
+
+@contextmanager
+def _refused(file: Path) -> Iterator[None]:
+    """A damaged file fails in any of several libraries, each with errors of its own: one sentence for all."""
     try:
-        model = open_clip.create_model(name, weights, require_pretrained=True)
-        return model, open_clip.get_tokenizer(name, **_unlinked(folder))
-    except Exception as error:  # a damaged file fails in any of several libraries, each with errors of its own
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"the weights {file} cannot be read as a CLIP: {reason}") from error
 

@@ -61,9 +61,10 @@ class Inception:
     resize = "rounded to bytes, bicubic with antialiasing to 299x299 in float, clamped (clean-fid's `clean`)"
 
     def __init__(self, weights: Path, device: torch.device):
-        self.sha256, self.device = sha256(weights), device
+        self.device = device
         try:
             reading.unpacks(weights)
+            self.sha256 = sha256(weights)
             self.layers = torch.jit.load(str(weights), map_location=device).eval().layers
         except Exception as error:
             raise UserError(f"{weights} is not the TorchScript file of Inception: {_first_line(error)}") from None
@@ -89,12 +90,18 @@ class Dinov2:
     def __init__(self, weights: Path, device: torch.device):
         from transformers import Dinov2Model
 
-        self.device, self.sha256 = device, sha256(weights / "model.safetensors")
+        self.device, file = device, weights / "model.safetensors"
         try:
+            reading.safetensors(file)
             reading.described(weights / "config.json")
-            net = Dinov2Model.from_pretrained(weights, local_files_only=True, use_safetensors=True)
+            net, told = Dinov2Model.from_pretrained(
+                weights, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+            if lacking := sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"]))):
+                raise ValueError(f"{len(lacking)} of its weights are missing, {lacking[0]} among them")
         except Exception as error:
             raise UserError(f"{weights} is no folder of a DINOv2: {_first_line(error)}") from None
+        self.sha256 = sha256(file)
         self.net: Any = net.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from fewstep.core.errors import UserError
 from fewstep.data.pictures import NO_LABEL, UNREADABLE
 from fewstep.data.source import open_source
 from fewstep.data.table import TableSource
+from tests.faults import files, fuzz
+from tests.faults.readers import TABLES, Reader
 
 FILES = [picture(10), picture(20), damaged("truncated.jpg"), picture(40), picture(50)]
 
@@ -68,6 +71,27 @@ def test_a_table_without_images_and_a_damaged_one_are_refused(tmp_path: Path) ->
     (tmp_path / "words" / "state.json").write_text("{")
     with pytest.raises(UserError, match="cannot be opened by the datasets library"):
         open_source(str(tmp_path / "words"), 8, 1)
+
+
+@pytest.mark.parametrize("reader", TABLES, ids=lambda reader: reader.name)
+def test_whatever_stands_in_a_table_is_read_or_refused(reader: Reader, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    table = fuzz.Fuzzed(reader, tmp_path)
+    ends, wrong = table.run(range(2000), [picture(10), table.sound])
+    assert wrong == [] and sum(ends.values()) == 2000 and min(ends.values()) > 0
+    for i, kind in enumerate(files.KINDS):
+        (tmp_path / str(i)).mkdir()
+        assert files.attempt(reader, kind, tmp_path / str(i)) is None, kind
+
+
+def test_a_label_without_a_name_is_refused(tmp_path: Path) -> None:
+    table(kind=[0, 1, 0, 1, 1]).save_to_disk(tmp_path)
+    described = tmp_path / "dataset_info.json"
+    said = json.loads(described.read_text())
+    said["features"]["kind"]["names"] = ["cat"]
+    described.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="row 1 has the label 1, and 1 have names"):
+        open_source(str(tmp_path), 8, 1)
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,13 @@ import torch
 import transformers
 from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.core.errors import UserError
 from fewstep.data.scenes import Scenes
 from fewstep.evals.extractors import Dinov2, Inception, ReaderFeatures, as_bytes, open_extractor
+from tests.faults import weights
 
 CPU = torch.device("cpu")
 
@@ -107,3 +109,12 @@ def test_what_is_absent_or_wrong_ends_with_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is no folder of a DINOv2"):
         open_extractor("dinov2", str(tmp_path), CPU)
+
+
+def test_a_dinov2_without_one_of_its_weights_is_refused(tmp_path: Path) -> None:
+    weights.make_dinov2(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    save_file({name: value for name, value in state.items() if name != "layernorm.weight"}, file)
+    with pytest.raises(UserError, match=r"1 of its weights are missing, layernorm\.weight among them"):
+        open_extractor("dinov2", str(tmp_path), torch.device("cpu"))

@@ -24,16 +24,17 @@ from fewstep import card, config, export, hooks, measure, runner, sampling
 from fewstep.data.folder import FolderSource
 from fewstep.data.shards import ShardSource
 from fewstep.data.source import PromptSource
-from fewstep.evals import clip, references
+from fewstep.evals import references
 from fewstep.evals.reader import load_reader
 from fewstep.health import exported, record
-from fewstep.models import loading, lpips
+from fewstep.models import hub, loading, lpips
 from fewstep.objectives import base as objectives
 from fewstep.report import found
 from fewstep.report.page import page
 from fewstep.store import Store
 from fewstep.train import checkpoint
 from fewstep.train.rundir import RunDir
+from tests.faults import weights
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,12 @@ def make_resumed(folder: Path) -> None:
     (folder / "config.yaml").write_text(config.to_yaml(resumed()))
 
 
-CLIP = json.dumps({"model_cfg": {"text_cfg": {"width": 8, "layers": 1}, "embed_dim": 8}})
+def read_origin(folder: Path) -> None:
+    hub.pin_as_recorded(folder / "origin.json")
+
+
+TEACHER = {"source": "a/b", "revision": None, "commit": "0" * 40, "lora": "c/d", "lora_commit": "1" * 40}
+ORIGIN = json.dumps({"teacher": {**TEACHER, "beside": {"e/f": "2" * 40}}})
 BEST = json.dumps({"name": "a/b", "value": 1.0, "step": 4})
 PROMPTS = "a disc\n\n  two discs \u00e9\n<b>bold</b>\n"
 
@@ -354,8 +360,36 @@ READERS = (
     Reader("caption", "a/0.txt", make_folder, lambda f: read_pictures(FolderSource(f, 4, 0)), True, cost=5),
     Reader("picture", "a/0.png", make_folder, lambda f: read_pictures(FolderSource(f, 4, 0)), True, sealed_png, cost=5),
     Reader("shard", "a.tar", make_shard, lambda f: read_pictures(ShardSource(str(f), 4, 0)), False, sealed_tar, cost=5),
-    Reader("CLIP's config", "open_clip_config.json", text("open_clip_config.json", CLIP), lambda f: clip._of_folder(f)),
+    Reader("CLIP's config", "open_clip_config.json", weights.make_clip, weights.read_clip, cost=40),
+    Reader(
+        "CLIP",
+        "open_clip_model.safetensors",
+        weights.make_clip,
+        weights.read_clip,
+        False,
+        sealed_safetensors,
+        cost=40,
+    ),
+    Reader("DINOv2's config", "config.json", weights.make_dinov2, weights.read_dinov2, cost=40),
+    Reader(
+        "DINOv2",
+        "model.safetensors",
+        weights.make_dinov2,
+        weights.read_dinov2,
+        False,
+        sealed_safetensors,
+        cost=40,
+    ),
+    Reader("LoRA", "lora.safetensors", weights.make_lora, weights.read_lora, False, sealed_safetensors, cost=150),
+    Reader(
+        "origin", "origin.json", text("origin.json", ORIGIN), lambda f: hub.pin_as_recorded(f / "origin.json"), True
+    ),
 )
+TABLES = tuple(
+    Reader(f"table's {file}", file, lambda f: weights.make_table(f, [png(), png(9), png(40)]), weights.read_table, True)
+    for file in ("state.json", "dataset_info.json", "data-00000-of-00001.arrow")
+)
+"""for where the datasets library is"""
 NAMED = {reader.name: reader for reader in READERS}
 
 
